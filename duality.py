@@ -1,18 +1,17 @@
 """The duality between contrastive and non-contrastive self-supervised learning, in one file.
 
-Garrido, Chen, Bardes, Najman, LeCun: On the duality between contrastive and non-contrastive self-supervised
-learning, ICLR 2023, arXiv 2206.02574. The paper's K is (M, N), a column per sample. Here rows are samples, as in
-all PyTorch code: z = K^T is (N, D), D = M, so `z @ z.T` compares samples and `z.T @ z` compares dimensions.
+Garrido, Chen, Bardes, Najman, LeCun, ICLR 2023, arXiv 2206.02574. The paper's K is (M, N), a column a sample.
+Here rows are samples: z = K^T is (N, D), D = M; z z^T compares samples and z^T z compares dimensions.
 
-    theorem      L_c  L_nc  norms4  lemma_3_4  corollary_3_4_1               Def 3.2, Thm 3.3, Lemma 3.4, Cor 3.4.1
-    chain        vicreg -> vicreg_exp -> vicreg_ctr -> simclr; chain         Section 4, Eq 11-13
-    contrastive  simclr[_sq, _abs]  dcl[_sq, _abs]  spectral                 Prop 3.1, Prop 3.2
-    dimensions   vicreg  vicreg_contrastive  barlow_twins  tcr               Prop 3.2, Eq 9-10
-    variants     simclr_centered  simclr_standardized                        Table 1 (A and B), Eq 14
-    the pair     sample_contrastive  dimension_contrastive                   Def 3.2, trained as they stand
+    theorem      L_c  L_nc  norms4  lemma_3_4  corollary_3_4_1         Def 3.2, Thm 3.3, Lemma 3.4, Cor 3.4.1
+    chain        vicreg -> vicreg_exp -> vicreg_ctr -> simclr; chain   Section 4, Eq 11-13
+    contrastive  simclr[_sq, _abs]  dcl[_sq, _abs]  spectral           Prop 3.1, Prop 3.2
+    variants     simclr_centered  simclr_standardized                  Table 1 (A and B), Eq 14
+    dimensions   vicreg  vicreg_contrastive  barlow_twins  tcr         Prop 3.2, Eq 9-10
+    the pair     sample_contrastive  dimension_contrastive             Def 3.2, trained as they stand
 
-A criterion is a pure function f(za, zb, **hyperparameters) of two views (N, D). Its body returns the dict of its
-weighted terms; `@criterion` makes that their sum: vicreg(za, zb) is the loss, vicreg.terms(za, zb) is what to log.
+A criterion is a pure function f(za, zb, **hyperparameters) of two views (N, D). Its body returns its weighted
+terms, `@criterion` makes it their sum: vicreg(za, zb) is the loss, vicreg.terms(za, zb) the dict to log.
 """
 import functools
 import math
@@ -36,32 +35,31 @@ def full_precision(function):
     return wrapper
 
 def criterion(terms):
-    """Registers f(za, zb, ...) -> dict of weighted terms as the criterion that is their sum, f.terms as itself.
+    """Registers f(za, zb, ...) -> dict of weighted terms as the criterion that is their sum, f.terms being it.
 
-    ValueError for views that differ in shape, are not 2-D or have N < 2. On CPU, where looking waits for nothing,
-    also for embeddings beyond 1e15 and for a loss that is not finite, as sums of fourth powers may be beyond 1e6.
+    ValueError for views that differ in shape, are not 2-D or have N < 2. On a CPU, where looking waits for
+    nothing, also for a loss that is not finite and for magnitudes above 1e15, whose squares overflow.
     """
     @functools.wraps(terms)
     def checked(za, zb, *args, **kwargs):
         if za.shape != zb.shape or za.ndim != 2 or len(za) < 2:
-            raise ValueError(f"views must be (N, D), N >= 2, and alike, not {tuple(za.shape)} and {tuple(zb.shape)}")
+            raise ValueError(f"expected two views (N, D), N > 1, got {tuple(za.shape)} and {tuple(zb.shape)}")
         return full_precision(terms)(za, zb, *args, **kwargs)
 
     @functools.wraps(terms)
     def loss(za, zb, *args, **kwargs):
         total = sum(checked(za, zb, *args, **kwargs).values())
         if total.device.type == "cpu":
-            largest = max(max(-low, high) for low, high in (z.detach().aminmax() for z in (za, zb)))
-            if not (total.isfinite() and largest <= 1e15):
-                raise ValueError(f"{terms.__name__} is {total:g} for embeddings of magnitudes up to {largest:g}")
+            size = max(max(-low, high) for low, high in (z.detach().aminmax() for z in (za, zb)))
+            if not (total.isfinite() and size <= 1e15):
+                raise ValueError(f"{terms.__name__} is {total:g} for embeddings of magnitudes up to {size:g}")
         return total
 
     loss.terms = checked
     CRITERIA[terms.__name__.replace("_", "-")] = loss
     return loss
 
-
-# --- Section 3: two criteria and a theorem ------------------------------------------------------------------
+# --- Section 3: two criteria and a theorem ----------------------------------------------------------------
 class _Gram(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a):
@@ -75,7 +73,7 @@ class _Gram(torch.autograd.Function):
 gram = _Gram.apply  # (n, m) -> (n, n)
 
 
-# sum_{i != j} (a_i . b_j)^2 over the rows of A and B, (n, m), by two routes. With A = B they are theorem 3.3.
+# sum_{i != j} (a_i . b_j)^2 over the rows of A and B, (n, m), by two routes; with A = B they are theorem 3.3.
 def direct_route(a, b, diagonal):  # ||A B^T - diag||_F^2
     return (gram(a) if a is b else a @ b.T).fill_diagonal_(0).square().sum()
 
@@ -84,14 +82,10 @@ def dual_route(a, b, diagonal):  # <A^T A, B^T B>_F - ||diag(A B^T)||^2
     return (g * (g if a is b else gram(b.T))).sum() - diagonal.square().sum()
 
 def off_diagonal(a, b, diagonal):
-    """sum_{i != j} (a_i . b_j)^2 over the rows of a and b, (n, m), where the a_i . b_i, (n,), are known.
-
-    Takes about min(n, m)^2 max(n, m) operations.
-    """
-    # The dual route's difference loses no accuracy: A B^T has rank m at most, so ||A B^T||_F^2 >= tr(A B^T)^2 / m,
-    # which with n equal diagonal entries, where the off-diagonal ones are least, is n / m >= 2 times the subtrahend.
-    route = direct_route if len(a) < 2 * a.shape[1] else dual_route
-    return route(a, b, diagonal)
+    """sum_{i != j} (a_i . b_j)^2 of rows, (n, m), the a_i . b_i given, at the cost min(n, m)^2 max(n, m)."""
+    # The dual route's difference loses no accuracy: A B^T has rank m or less, so ||A B^T||^2 >= tr(A B^T)^2 / m,
+    # and near the optimum, where the n diagonal entries are alike, that is n / m >= 2 times the subtrahend.
+    return (direct_route if len(a) < 2 * a.shape[1] else dual_route)(a, b, diagonal)
 
 @full_precision
 def L_c(z):
@@ -106,27 +100,23 @@ def L_nc(z):
 
 @full_precision
 def norms4(z):
-    """Theorem 3.3's sum_i ||K_.,i||^4 of z (N, D); norms4(z.T) is sum_j ||K_j,.||^4.
-
-    L_nc(z) + norms4(z.T) = L_c(z) + norms4(z).
-    """
+    """sum_i ||K_.,i||^4 of z (N, D). Theorem 3.3: L_nc(z) + norms4(z.T) = L_c(z) + norms4(z)."""
     return squared_norms(z).square().sum()
 
 def lemma_3_4(n, m, a=1.0):
-    """Least and greatest norms4(z.T) for n embeddings of norm a in m dimensions; with n, m exchanged the dual."""
+    """Bounds of norms4(z.T) for n embeddings of norm a in m dimensions; n, m exchanged: the dual ones."""
     # (N^2 / M) a^4 <= sum_j ||K_j,.||^4 <= N^2 a^4
     return n**2 / m * a**4, n**2 * a**4
 
 def corollary_3_4_1(z):
-    """Least and greatest L_c(z) for embeddings of norm 1; with z.T, of L_nc(z) for dimensions of norm 1."""
+    """Bounds of L_c(z) for embeddings of norm 1; with z.T, of L_nc(z) for dimensions of norm 1."""
     # L_nc - N + N^2 / M <= L_c <= L_nc - N + N^2
     return tuple(L_nc(z) - len(z) + bound for bound in lemma_3_4(*z.shape))
 
-
-# --- The parts of all criteria ------------------------------------------------------------------------------
+# --- The parts of all criteria ----------------------------------------------------------------------------
 def center(z):
     """Dimensions of mean 0 over the batch, (N, D) -> (N, D)."""
-    return z + -z.mean(0)  # "z - mean" would have its backward pass negate all of a gradient of this size
+    return z + -z.mean(0)  # the backward pass of z - z.mean(0) would negate all of the gradient
 
 def squared_norms(a):
     return a.square().sum(1)
@@ -140,10 +130,6 @@ def normalize(z):
     """Embeddings of norm 1; zero stays zero."""
     return F.normalize(z, dim=1)
 
-def squared_distance(za, zb):
-    # 1/N sum_i ||x_i - x'_i||^2
-    return (za - zb).square().sum(1).mean()
-
 def hinge(variances, eps=1e-4):
     # v(K) = 1/d sum_j max(0, 1 - sqrt(Var_j + eps))
     return F.relu(1 - (variances + eps).sqrt()).mean()
@@ -156,22 +142,22 @@ def covariance_contrastive(k, variances):
     # c(K) = 1/d (L_c + L_reg) / (N - 1)^2,  L_reg = sum_i ||K_.,i||^4 - sum_j ||K_j,.||^4
     return (L_c(k.T) + norms4(k.T) - norms4(k)) / (k.shape[1] - 1) ** 2 / len(k)
 
-def covariance_exp(k, variances, temperature):
+def covariance_exp(temperature):
     # c_exp(K) = 1/d sum_i log sum_{j != i} exp(C(K)_ij / tau)
-    return log_sum_exp(k / math.sqrt(k.shape[1] - 1), temperature).mean()
+    return lambda k, variances: log_sum_exp(k / math.sqrt(k.shape[1] - 1), temperature).mean()
 
 def log_sum_exp(a, temperature, samples=None, similarity=lambda x: x):
-    """For each row of a (n, m): log sum_j exp(s(a_i . a_j) / tau) over the rows j of other samples, (n,).
+    """log sum_j exp(s(a_i . a_j) / tau) of each row i of a (n, m) over the rows j of other samples, (n,).
 
-    Rows i and i + samples are two views of a sample; by default each row is a sample. An n x n matrix of more than
-    BLOCK entries is made in blocks of rows, in the backward pass once more, and never held.
+    Rows i and i + samples are views of one sample (default: each row is a sample). An n x n matrix with more
+    than BLOCK entries is only held in blocks of rows, which the backward pass makes anew.
     """
     samples, n = samples or len(a), len(a)
     if samples < 2 or not temperature > 0:
-        raise ValueError(f"log-sum-exp of {samples} rows (at least 2) at temperature {temperature} (above 0)")
+        raise ValueError(f"log-sum-exp of {samples} rows at temperature {temperature}: needs > 1 and > 0")
 
-    def reduce(x, rows):
-        scores = similarity(x) / temperature
+    def reduce(products, rows):
+        scores = similarity(products) / temperature
         for own in range(0, n, samples):
             scores[rows - rows[0], own + rows % samples] = -math.inf
         return scores.logsumexp(1)
@@ -179,7 +165,7 @@ def log_sum_exp(a, temperature, samples=None, similarity=lambda x: x):
     blocks = torch.arange(n, device=a.device).split(max(1, BLOCK // n))
     if len(blocks) == 1:
         return reduce(gram(a), blocks[0])
-    return torch.cat([checkpoint(lambda r: reduce(a[r] @ a.T, r), rows, use_reentrant=False) for rows in blocks])
+    return torch.cat([checkpoint(lambda i: reduce(a[i] @ a.T, i), b, use_reentrant=False) for b in blocks])
 
 def coding_rate(z, eps):
     # R(Z) = 1/2 logdet(I + D / (N eps^2) Z^T Z), the same of Z Z^T by Sylvester's identity
@@ -187,8 +173,7 @@ def coding_rate(z, eps):
     eye = torch.eye(len(small), dtype=z.dtype, device=z.device)
     return torch.linalg.cholesky_ex(eye + d / (n * eps**2) * gram(small)).L.diagonal().log().sum()
 
-
-# --- Section 4: the chain. Each arrow is one change ----------------------------------------------------------
+# --- Section 4: the chain. Each arrow is one change -------------------------------------------------------
 def _vicreg(za, zb, repulsion, invariance, variance, covariance, transpose=False):
     # lambda / (N d) sum_i ||K_i - K'_i||^2 + mu / 2 (v(K) + v(K')) + nu (c(K) + c(K'))
     ks = [center(z) if transpose else center(z).T for z in (za, zb)]  # the paper's K, (D, N); its transpose
@@ -199,7 +184,7 @@ def _vicreg(za, zb, repulsion, invariance, variance, covariance, transpose=False
 
 @criterion
 def vicreg(za, zb, invariance=25.0, variance=25.0, covariance=1.0):
-    """VICReg (arXiv 2105.04906) as in its code: mean squared error; the views' mean variance, summed covariance."""
+    """VICReg (arXiv 2105.04906) as in its code: the mean of the views' variance terms, the sum of their c."""
     return _vicreg(za, zb, covariance_squares, invariance, variance, covariance)
 
 @criterion
@@ -210,8 +195,7 @@ def vicreg_contrastive(za, zb, invariance=25.0, variance=25.0, covariance=1.0):
 @criterion
 def vicreg_exp(za, zb, invariance=25.0, variance=25.0, covariance=25.0, temperature=0.1):
     """VICReg --LogSumExp--> VICReg-exp, Eq 11-12."""
-    repulsion = functools.partial(covariance_exp, temperature=temperature)
-    return _vicreg(za, zb, repulsion, invariance, variance, covariance)
+    return _vicreg(za, zb, covariance_exp(temperature), invariance, variance, covariance)
 
 @criterion
 def vicreg_ctr(za, zb, invariance=25.0, variance=25.0, covariance=25.0, temperature=0.1):
@@ -219,27 +203,27 @@ def vicreg_ctr(za, zb, invariance=25.0, variance=25.0, covariance=25.0, temperat
 
     Embedding i's variance is ||z_i||^2 / (D - 1), so at the hinge C(K^T) holds cosines.
     """
-    repulsion = functools.partial(covariance_exp, temperature=temperature)
-    return _vicreg(za, zb, repulsion, invariance, variance, covariance, transpose=True)
+    return _vicreg(za, zb, covariance_exp(temperature), invariance, variance, covariance, transpose=True)
 
-def _contrast(za, zb, temperature, negatives, similarity=lambda x: x, decoupled=False):
-    # -1/N sum_i s(x_i . x'_i) / tau + 1/2N sum_i log([exp(s(x_i . x'_i) / tau)] + sum_j exp(s(x_i . x_j) / tau))
-    if negatives not in ("both", "own"):
-        raise ValueError(f'negatives: "both" (from both views) or "own" (from the anchor\'s view), not {negatives!r}')
-    views = [torch.cat((za, zb))] if negatives == "both" else [za, zb]
-    repulsion = torch.cat([log_sum_exp(z, temperature, len(za), similarity) for z in views])  # (2N,)
-    positives = similarity((za * zb).sum(1)) / temperature  # (N,)
-    if not decoupled:
-        repulsion = torch.logaddexp(repulsion, positives.repeat(2))
-    return dict(invariance=-positives.mean(), repulsion=repulsion.mean())
+def contrastive(name, doc, prepare=normalize, similarity=lambda x: x, decoupled=False):
+    """The criterion, registered, of embeddings made ready by `prepare`, that contrasts s(x_i . x_j)."""
+    def terms(za, zb, temperature=0.2, negatives="both"):
+        # -1/N sum_i s_ii' / tau + 1/2N sum_i log([exp(s_ii' / tau)] + sum_j exp(s_ij / tau)), s_ij = s(x_i . x_j)
+        za, zb, n = prepare(za), prepare(zb), len(za)
+        if negatives not in ("both", "own"):
+            raise ValueError(f"negatives are 'both' views' or the anchor's 'own' view's, not {negatives!r}")
+        views = [torch.cat((za, zb))] if negatives == "both" else [za, zb]
+        repulsion = torch.cat([log_sum_exp(z, temperature, n, similarity) for z in views])  # (2N,)
+        positives = similarity((za * zb).sum(1)) / temperature  # (N,)
+        if not decoupled:
+            repulsion = torch.logaddexp(repulsion, positives.repeat(2))
+        return dict(invariance=-positives.mean(), repulsion=repulsion.mean())
 
-@criterion
-def simclr(za, zb, temperature=0.2, negatives="both"):
-    """VICReg-ctr --negative pair sampling--> SimCLR (NT-Xent, arXiv 2002.05709), the mean over 2N anchors.
+    terms.__name__, terms.__qualname__, terms.__doc__ = name, name, doc
+    return criterion(terms)
 
-    negatives: "both", the original's 2(N - 1), or "own", the paper's N - 1 from the anchor's view.
-    """
-    return _contrast(normalize(za), normalize(zb), temperature, negatives)
+simclr = contrastive("simclr", """VICReg-ctr --negative pair sampling--> SimCLR (NT-Xent, arXiv 2002.05709), mean
+    over 2N anchors; negatives: "both" views' 2(N - 1), the original, or the "own" view's N - 1, the paper.""")
 
 @criterion
 def chain(za, zb, t=1.5):
@@ -248,72 +232,44 @@ def chain(za, zb, t=1.5):
     if not 0 <= t <= 3:
         raise ValueError(f"t must be in [0, 3], not {t}")
     k = min(int(t), 2)
-    here, there = ({name: w * term for name, term in CRITERIA[CHAIN[i]].terms(za, zb).items()} if w else {}
-                   for i, w in ((k, 1 - (t - k)), (k + 1, t - k)))
-    return {name: here.get(name, 0) + there.get(name, 0) for name in {**here, **there}}
+    pair = ((CHAIN[k], k + 1 - t), (CHAIN[k + 1], t - k))
+    return {f"{name} {key}": w * term for name, w in pair if w for key, term in CRITERIA[name].terms(za, zb).items()}
 
-
-# --- Their relatives, sample-contrastive (Prop 3.1, 3.2) -----------------------------------------------------
-@criterion
-def simclr_sq(za, zb, temperature=0.2, negatives="both"):
-    """SimCLR of squared cosines, the positives' too."""
-    return _contrast(normalize(za), normalize(zb), temperature, negatives, torch.square)
-
-@criterion
-def simclr_abs(za, zb, temperature=0.2, negatives="both"):
-    """SimCLR of absolute cosines, the positives' too."""
-    return _contrast(normalize(za), normalize(zb), temperature, negatives, torch.abs)
-
-@criterion
-def simclr_centered(za, zb, temperature=0.2, negatives="both"):
-    """Variant A: SimCLR of embeddings of norm 1 after centring the dimensions."""
-    return _contrast(normalize(center(za)), normalize(center(zb)), temperature, negatives)
-
-@criterion
-def simclr_standardized(za, zb, temperature=0.2, negatives="both"):
-    """Variant B, Eq 14: SimCLR of centred dimensions of norm sqrt(N / D); the embeddings' norm is free."""
-    return _contrast(*(standardize(z) / math.sqrt(z.shape[1]) for z in (za, zb)), temperature, negatives)
-
-@criterion
-def dcl(za, zb, temperature=0.2, negatives="both"):
-    """DCL (arXiv 2110.06848): SimCLR without the positive among the repelled; rightly negative at times."""
-    return _contrast(normalize(za), normalize(zb), temperature, negatives, decoupled=True)
-
-@criterion
-def dcl_sq(za, zb, temperature=0.2, negatives="both"):
-    """DCL of squared cosines, the positives' too."""
-    return _contrast(normalize(za), normalize(zb), temperature, negatives, torch.square, decoupled=True)
-
-@criterion
-def dcl_abs(za, zb, temperature=0.2, negatives="both"):
-    """DCL of absolute cosines, the positives' too."""
-    return _contrast(normalize(za), normalize(zb), temperature, negatives, torch.abs, decoupled=True)
+# --- Their relatives: sample-contrastive (Prop 3.1, 3.2) --------------------------------------------------
+simclr_sq = contrastive("simclr_sq", "SimCLR of squared cosines, positives too.", similarity=torch.square)
+simclr_abs = contrastive("simclr_abs", "SimCLR of absolute cosines, positives too.", similarity=torch.abs)
+simclr_centered = contrastive("simclr_centered", "Variant A: SimCLR of centred dimensions, then norm 1.",
+                              prepare=lambda z: normalize(center(z)))
+simclr_standardized = contrastive("simclr_standardized", "Variant B, Eq 14: dimensions of norm sqrt(N / D).",
+                                  prepare=lambda z: standardize(z) / math.sqrt(z.shape[1]))
+dcl = contrastive("dcl", "DCL (arXiv 2110.06848): no positive in the log; may be negative.", decoupled=True)
+dcl_sq = contrastive("dcl_sq", "DCL of squared cosines.", similarity=torch.square, decoupled=True)
+dcl_abs = contrastive("dcl_abs", "DCL of absolute cosines.", similarity=torch.abs, decoupled=True)
 
 @criterion
 def spectral(za, zb, radius=3.0):
-    """Spectral contrastive loss (arXiv 2106.04156); embeddings beyond the radius sqrt(mu) are projected onto it."""
+    """Spectral contrastive loss (arXiv 2106.04156), embeddings beyond the radius sqrt(mu) projected onto it."""
     # -2/N sum_i x_i . x'_i + 1/(N (N - 1)) sum_{i != j} (x_i . x'_j)^2
     za, zb = (z * (radius / z.norm(dim=1, keepdim=True).clamp_min(radius)) for z in (za, zb))
     n, positives = len(za), (za * zb).sum(1)
-    return dict(invariance=-2 * positives.mean(), repulsion=off_diagonal(za, zb, positives) / (n * (n - 1)))
+    return dict(invariance=-2 * positives.mean(), repulsion=off_diagonal(za, zb, positives) / n / (n - 1))
+
+def _pair(za, zb, L, invariance, repulsion):
+    # lambda / N sum_i ||x_i - x'_i||^2 + nu / 2N (L(K) + L(K')), embeddings of norm 1
+    za, zb = normalize(za), normalize(zb)
+    return dict(invariance=invariance * za.shape[1] * F.mse_loss(za, zb),
+                repulsion=repulsion / 2 / len(za) * (L(za) + L(zb)))
 
 @criterion
 def sample_contrastive(za, zb, invariance=1.0, repulsion=1.0):
-    """L_c, trained: with it an invariance term, both on embeddings of norm 1."""
-    # lambda / N sum_i ||x_i - x'_i||^2 + nu / 2N (L_c(K) + L_c(K'))
-    za, zb = normalize(za), normalize(zb)
-    return dict(invariance=invariance * squared_distance(za, zb),
-                repulsion=repulsion / (2 * len(za)) * (L_c(za) + L_c(zb)))
+    """An invariance term and L_c, of embeddings of norm 1."""
+    return _pair(za, zb, L_c, invariance, repulsion)
 
-
-# --- and dimension-contrastive --------------------------------------------------------------------------------
+# --- and dimension-contrastive ----------------------------------------------------------------------------
 @criterion
 def dimension_contrastive(za, zb, invariance=1.0, repulsion=1.0):
-    """L_nc, trained on the same embeddings of norm 1 with the same invariance term."""
-    # lambda / N sum_i ||x_i - x'_i||^2 + nu / 2N (L_nc(K) + L_nc(K'))
-    za, zb = normalize(za), normalize(zb)
-    return dict(invariance=invariance * squared_distance(za, zb),
-                repulsion=repulsion / (2 * len(za)) * (L_nc(za) + L_nc(zb)))
+    """The same with L_nc, of the same embeddings."""
+    return _pair(za, zb, L_nc, invariance, repulsion)
 
 @criterion
 def barlow_twins(za, zb, redundancy=0.0051):
@@ -321,34 +277,33 @@ def barlow_twins(za, zb, redundancy=0.0051):
     # sum_j (1 - C_jj)^2 + lambda sum_{i != j} C_ij^2,  C = K K'^T / N of standardised dimensions
     ka, kb = (standardize(z).T / math.sqrt(len(z)) for z in (za, zb))
     diagonal = (ka * kb).sum(1)
-    return dict(invariance=(1 - diagonal).square().sum(), redundancy=redundancy * off_diagonal(ka, kb, diagonal))
+    return dict(invariance=(1 - diagonal).square().sum(),
+                redundancy=redundancy * off_diagonal(ka, kb, diagonal))
 
 @criterion
 def tcr(za, zb, invariance=1.0, eps=0.5):
-    """Total coding rate (arXiv 2201.10000), maximised, per sample, with an invariance term, on norm 1."""
+    """Total coding rate (arXiv 2201.10000) of embeddings of norm 1, per sample, maximised."""
     # lambda / N sum_i ||x_i - x'_i||^2 - 1/2N (R(Z) + R(Z'))
-    za, zb = normalize(za), normalize(zb)
-    return dict(invariance=invariance * squared_distance(za, zb),
-                repulsion=-(coding_rate(za, eps) + coding_rate(zb, eps)) / (2 * len(za)))
+    return _pair(za, zb, lambda z: -coding_rate(z, eps), invariance, repulsion=1.0)
 
-
-# --- To watch and to distribute -------------------------------------------------------------------------------
+# --- To watch and to distribute ---------------------------------------------------------------------------
 @torch.no_grad()
 def diagnose(z):
-    """What shows a collapse of z (N, D), as 0-d float64 tensors, and both sides of theorem 3.3.
+    """What shows a collapse of z (N, D), and both sides of theorem 3.3, as 0-d float64 tensors.
 
-    rankme: exp of the singular values' entropy (arXiv 2210.02885). negative_mean, negative_variance: of the cosines
-    of different samples, 0 and 1/D by Prop 3.1.
+    rankme: exp of the singular values' entropy (arXiv 2210.02885); negative_mean and negative_variance of the
+    cosines of different samples: 0 and 1 / D by Prop 3.1.
     """
     z = z.to("cpu" if z.device.type == "mps" else z.device).double()
     (n, d), std, norm = z.shape, z.std(0), z.norm(dim=1)
     spectrum = torch.linalg.eigvalsh(gram(z if n < d else z.T)).clamp_min(0).sqrt()
     p = spectrum / spectrum.sum().clamp_min(1e-300) + 1e-7
-    cosines = gram(normalize(z))[~torch.eye(n, dtype=torch.bool, device=z.device)]
+    cosines, pairs = gram(normalize(z)).fill_diagonal_(0), n * (n - 1)
+    mean = cosines.sum() / pairs
     return dict(std_mean=std.mean(), std_min=std.min(), norm_mean=norm.mean(), norm_std=norm.std(),
                 rankme=(-(p * p.log()).sum()).exp(), L_c=L_c(z), L_nc=L_nc(z),
                 theorem_left=L_nc(z) + norms4(z.T), theorem_right=L_c(z) + norms4(z),
-                negative_mean=cosines.mean(), negative_variance=cosines.var())
+                negative_mean=mean, negative_variance=cosines.square().sum() / pairs - mean**2)
 
 class _Gather(torch.autograd.Function):
     @staticmethod
@@ -358,20 +313,27 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, grad):  # every process has the whole batch's loss; DDP's mean over W processes takes the W away
+    def backward(ctx, grad):  # of the whole batch's loss, which each process has; DDP's mean takes the W away
         return grad.chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()
 
 def gather(z):
     """All processes' rows in order of rank, (N / W, D) -> (N, D); z itself without a process group.
 
-    Under DDP's averaging the gradient is that of one process with the whole batch, if each computes the same loss.
+    Where each process computes the whole batch's loss, DDP's averaging makes its gradient that of one process.
     """
     return _Gather.apply(z) if dist.is_available() and dist.is_initialized() else z
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    print("theorem 3.3 on random embeddings\n     N     D   L_nc + sum_j ||K_j||^4    L_c + sum_i ||K_i||^4   difference")
+    print("theorem 3.3, random embeddings; corollary 3.4.1, the same of norm 1\n    N     D"
+          "  L_nc + sum_j ||K_j||^4  L_c + sum_i ||K_i||^4  difference     lower    <= L_c <=   upper")
     for n, d in ((256, 64), (256, 256), (256, 2048)):
         z = torch.randn(n, d, dtype=torch.float64)
-        left, right = L_nc(z) + norms4(z.T), L_c(z) + norms4(z)
-        print(f"{n:6}{d:6}{left:24.4f}{right:26.4f}{left - right:13.1e}")
+        left, right = (direct_route(k, k, None) + norms4(k) for k in (z.T, z))
+        (low, high), L = corollary_3_4_1(normalize(z)), L_c(normalize(z))
+        print(f"{n:5} {d:5} {left:23.4f} {right:22.4f} {left - right:11.1e} {low:9.1f} {L:12.1f} {high:10.1f}")
+    za, noise = torch.randn(2, 256, 128)
+    print("\nthe chain, two views (256, 128)")
+    for t in (0, 0.5, 1, 1.5, 2, 2.5, 3):
+        terms = chain.terms(za, za + 0.5 * noise, t)
+        print(f"t = {t:<4}{sum(terms.values()):8.3f} = " + " + ".join(f"{v:.3f} ({k})" for k, v in terms.items()))

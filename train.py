@@ -488,7 +488,7 @@ def build_optimizers(args, model):
         groups[1]["adapt"] = False
     lr = args.lr * (1 if args.optimizer == "adamw" else args.batch_size / 256)
     make = dict(lars=LARS, adamw=adamw, sgd=functools.partial(torch.optim.SGD, momentum=0.9))[args.optimizer]
-    return make(groups, lr), adamw(model.probe.parameters(), 3e-3, weight_decay=0.0)
+    return make(groups, lr), adamw(model.probe.parameters(), 1e-2, weight_decay=0.0)
 
 def schedule(step, steps, warmup):
     """The learning rate's factor at a step: a linear rise, then half a cosine."""
