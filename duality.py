@@ -15,7 +15,6 @@ terms, `@criterion` makes it their sum: vicreg(za, zb) is the loss, vicreg.terms
 """
 import functools
 import math
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -35,7 +34,7 @@ def full_precision(function):
     return wrapper
 
 def criterion(terms):
-    """Registers f(za, zb, ...) -> dict of weighted terms as the criterion that is their sum, f.terms being it.
+    """Registers f(za, zb, ...) -> dict of weighted terms, as the criterion that is their sum.
 
     ValueError for views that differ in shape, are not 2-D or have N < 2. On a CPU, where looking waits for
     nothing, also for a loss that is not finite and for magnitudes above 1e15, whose squares overflow.
@@ -45,7 +44,6 @@ def criterion(terms):
         if za.shape != zb.shape or za.ndim != 2 or len(za) < 2:
             raise ValueError(f"expected two views (N, D), N > 1, got {tuple(za.shape)} and {tuple(zb.shape)}")
         return full_precision(terms)(za, zb, *args, **kwargs)
-
     @functools.wraps(terms)
     def loss(za, zb, *args, **kwargs):
         total = sum(checked(za, zb, *args, **kwargs).values())
@@ -54,7 +52,6 @@ def criterion(terms):
             if not (total.isfinite() and size <= 1e15):
                 raise ValueError(f"{terms.__name__} is {total:g} for embeddings of magnitudes up to {size:g}")
         return total
-
     loss.terms = checked
     CRITERIA[terms.__name__.replace("_", "-")] = loss
     return loss
@@ -65,7 +62,6 @@ class _Gram(torch.autograd.Function):
     def forward(ctx, a):
         ctx.save_for_backward(a)
         return a @ a.T
-
     @staticmethod
     def backward(ctx, grad):
         return (grad + grad.T) @ ctx.saved_tensors[0]  # one product; autograd's own would be two
@@ -83,8 +79,8 @@ def dual_route(a, b, diagonal):  # <A^T A, B^T B>_F - ||diag(A B^T)||^2
 
 def off_diagonal(a, b, diagonal):
     """sum_{i != j} (a_i . b_j)^2 of rows, (n, m), the a_i . b_i given, at the cost min(n, m)^2 max(n, m)."""
-    # The dual route's difference loses no accuracy: A B^T has rank m or less, so ||A B^T||^2 >= tr(A B^T)^2 / m,
-    # and near the optimum, where the n diagonal entries are alike, that is n / m >= 2 times the subtrahend.
+    # The dual route's difference loses no accuracy: A B^T has rank m or less, ||A B^T||^2 >= tr(A B^T)^2 / m;
+    # near the optimum, where the n diagonal entries are alike, that is n / m >= 2 times the subtrahend.
     return (direct_route if len(a) < 2 * a.shape[1] else dual_route)(a, b, diagonal)
 
 @full_precision
@@ -105,8 +101,7 @@ def norms4(z):
 
 def lemma_3_4(n, m, a=1.0):
     """Bounds of norms4(z.T) for n embeddings of norm a in m dimensions; n, m exchanged: the dual ones."""
-    # (N^2 / M) a^4 <= sum_j ||K_j,.||^4 <= N^2 a^4
-    return n**2 / m * a**4, n**2 * a**4
+    return n**2 / m * a**4, n**2 * a**4  # (N^2 / M) a^4 <= sum_j ||K_j,.||^4 <= N^2 a^4
 
 def corollary_3_4_1(z):
     """Bounds of L_c(z) for embeddings of norm 1; with z.T, of L_nc(z) for dimensions of norm 1."""
@@ -152,16 +147,14 @@ def log_sum_exp(a, temperature, samples=None, similarity=lambda x: x):
     Rows i and i + samples are views of one sample (default: each row is a sample). An n x n matrix with more
     than BLOCK entries is only held in blocks of rows, which the backward pass makes anew.
     """
-    samples, n = samples or len(a), len(a)
+    n, samples = len(a), samples or len(a)
     if samples < 2 or not temperature > 0:
         raise ValueError(f"log-sum-exp of {samples} rows at temperature {temperature}: needs > 1 and > 0")
-
     def reduce(products, rows):
         scores = similarity(products) / temperature
         for own in range(0, n, samples):
             scores[rows - rows[0], own + rows % samples] = -math.inf
         return scores.logsumexp(1)
-
     blocks = torch.arange(n, device=a.device).split(max(1, BLOCK // n))
     if len(blocks) == 1:
         return reduce(gram(a), blocks[0])
@@ -208,7 +201,7 @@ def vicreg_ctr(za, zb, invariance=25.0, variance=25.0, covariance=25.0, temperat
 def contrastive(name, doc, prepare=normalize, similarity=lambda x: x, decoupled=False):
     """The criterion, registered, of embeddings made ready by `prepare`, that contrasts s(x_i . x_j)."""
     def terms(za, zb, temperature=0.2, negatives="both"):
-        # -1/N sum_i s_ii' / tau + 1/2N sum_i log([exp(s_ii' / tau)] + sum_j exp(s_ij / tau)), s_ij = s(x_i . x_j)
+        # -1/N sum_i s_ii'/tau + 1/2N sum_i log([exp(s_ii'/tau)] + sum_j exp(s_ij/tau)), s_ij = s(x_i . x_j)
         za, zb, n = prepare(za), prepare(zb), len(za)
         if negatives not in ("both", "own"):
             raise ValueError(f"negatives are 'both' views' or the anchor's 'own' view's, not {negatives!r}")
@@ -218,12 +211,11 @@ def contrastive(name, doc, prepare=normalize, similarity=lambda x: x, decoupled=
         if not decoupled:
             repulsion = torch.logaddexp(repulsion, positives.repeat(2))
         return dict(invariance=-positives.mean(), repulsion=repulsion.mean())
-
     terms.__name__, terms.__qualname__, terms.__doc__ = name, name, doc
     return criterion(terms)
 
-simclr = contrastive("simclr", """VICReg-ctr --negative pair sampling--> SimCLR (NT-Xent, arXiv 2002.05709), mean
-    over 2N anchors; negatives: "both" views' 2(N - 1), the original, or the "own" view's N - 1, the paper.""")
+simclr = contrastive("simclr", """VICReg-ctr --negative pair sampling--> SimCLR (NT-Xent, arXiv 2002.05709).
+    Mean of 2N anchors; negatives: "both" views' 2(N - 1), original, or the "own" view's N - 1, paper.""")
 
 @criterion
 def chain(za, zb, t=1.5):
@@ -232,8 +224,8 @@ def chain(za, zb, t=1.5):
     if not 0 <= t <= 3:
         raise ValueError(f"t must be in [0, 3], not {t}")
     k = min(int(t), 2)
-    pair = ((CHAIN[k], k + 1 - t), (CHAIN[k + 1], t - k))
-    return {f"{name} {key}": w * term for name, w in pair if w for key, term in CRITERIA[name].terms(za, zb).items()}
+    return {f"{name} {key}": w * term for name, w in ((CHAIN[k], k + 1 - t), (CHAIN[k + 1], t - k)) if w
+            for key, term in CRITERIA[name].terms(za, zb).items()}
 
 # --- Their relatives: sample-contrastive (Prop 3.1, 3.2) --------------------------------------------------
 simclr_sq = contrastive("simclr_sq", "SimCLR of squared cosines, positives too.", similarity=torch.square)
@@ -248,7 +240,7 @@ dcl_abs = contrastive("dcl_abs", "DCL of absolute cosines.", similarity=torch.ab
 
 @criterion
 def spectral(za, zb, radius=3.0):
-    """Spectral contrastive loss (arXiv 2106.04156), embeddings beyond the radius sqrt(mu) projected onto it."""
+    """Spectral contrastive loss (arXiv 2106.04156); embeddings beyond sqrt(mu) = radius are put there."""
     # -2/N sum_i x_i . x'_i + 1/(N (N - 1)) sum_{i != j} (x_i . x'_j)^2
     za, zb = (z * (radius / z.norm(dim=1, keepdim=True).clamp_min(radius)) for z in (za, zb))
     n, positives = len(za), (za * zb).sum(1)
@@ -311,7 +303,6 @@ class _Gather(torch.autograd.Function):
         parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, z.contiguous())
         return torch.cat(parts)
-
     @staticmethod
     def backward(ctx, grad):  # of the whole batch's loss, which each process has; DDP's mean takes the W away
         return grad.chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()
@@ -319,7 +310,7 @@ class _Gather(torch.autograd.Function):
 def gather(z):
     """All processes' rows in order of rank, (N / W, D) -> (N, D); z itself without a process group.
 
-    Where each process computes the whole batch's loss, DDP's averaging makes its gradient that of one process.
+    As each process computes the whole batch's loss, DDP's averaging gives the gradient of one process.
     """
     return _Gather.apply(z) if dist.is_available() and dist.is_initialized() else z
 
@@ -331,9 +322,9 @@ if __name__ == "__main__":
         z = torch.randn(n, d, dtype=torch.float64)
         left, right = (direct_route(k, k, None) + norms4(k) for k in (z.T, z))
         (low, high), L = corollary_3_4_1(normalize(z)), L_c(normalize(z))
-        print(f"{n:5} {d:5} {left:23.4f} {right:22.4f} {left - right:11.1e} {low:9.1f} {L:12.1f} {high:10.1f}")
+        print(f"{n:5} {d:5} {left:23.4f} {right:22.4f} {left - right:11.1e} {low:9.1f} {L:12.1f} {high:9.1f}")
     za, noise = torch.randn(2, 256, 128)
     print("\nthe chain, two views (256, 128)")
     for t in (0, 0.5, 1, 1.5, 2, 2.5, 3):
-        terms = chain.terms(za, za + 0.5 * noise, t)
-        print(f"t = {t:<4}{sum(terms.values()):8.3f} = " + " + ".join(f"{v:.3f} ({k})" for k, v in terms.items()))
+        terms = [f"{value:.3f} ({name})" for name, value in chain.terms(za, za + 0.5 * noise, t).items()]
+        print(f"t = {t:<4}{chain(za, za + 0.5 * noise, t):8.3f} = {' + '.join(terms)}")
