@@ -7,17 +7,16 @@
 
 The run's folder gets log.jsonl, encoder.pt, and checkpoint.pt, from which the same command goes on.
 """
-import argparse, functools, inspect, json, math, os, re, signal, sys, time
+import argparse, atexit, functools, inspect, json, math, os, re, signal, sys, time, zlib
 from pathlib import Path
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import distributed as dist, nn
-from torchvision import transforms
+from torchvision.transforms import CenterCrop, Compose, PILToTensor, RandomResizedCrop, Resize
 from tqdm import tqdm
-import duality
+from duality import CRITERIA, diagnose, gather
 
 # What a run does where the command line is silent. LARS and SGD scale lr with the batch, given for 256.
 DATASETS = {name: dict(arch=arch, epochs=epochs, image_size=size) for name, arch, epochs, size in (
@@ -29,91 +28,78 @@ RESNETS = [n for n in torchvision.models.list_models(torchvision.models) if re.m
 RESIDENT_BYTES = 4 * 2**30  # images that take up to this are held on the device, more are streamed
 LOOK_EVERY = 20  # steps between looks at the device's numbers
 
-def fail(message):
-    """Ends the program with one line and exit status 2."""
+def say(message):
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
+        print(message, file=sys.stderr)
+
+def fail(message, status=2):
+    say(f"{Path(sys.argv[0]).name}: {message}")
+    raise SystemExit(status)
 
 # --- Settings ---------------------------------------------------------------------------------------------
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(f"{message} (-h lists the options)")
-
 def number(kind, least, greatest=10**9):
-    def parse(text):
+    def number(text):
         if not least <= kind(text) <= greatest:
             raise argparse.ArgumentTypeError(f"{text} is not between {least:g} and {greatest:g}")
         return kind(text)
-    parse.__name__ = kind.__name__  # for argparse's "invalid int value"
-    return parse
-
-def widths(text):
-    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of layer widths such as 2048-2048-512")
-    return text
+    return number
 
 def keywords(flag, pairs, function):
     """NAME=VALUE texts as keywords of `function`, refused where it has none of that name and type."""
-    known = {k: p.default for k, p in inspect.signature(function).parameters.items() if p.default != p.empty}
-    found = {}
+    known, found = {k: p.default for k, p in inspect.signature(function).parameters.items()}, {}
     for name, _, value in (pair.partition("=") for pair in pairs):
         try:
             found[name] = type(known[name])(value)
-        except (KeyError, ValueError):
-            fail(f"{flag} {name}={value}: there is {', '.join(f'{k}={v}' for k, v in known.items())}")
+        except (KeyError, TypeError, ValueError):
+            known = [f"{k}={v}" for k, v in known.items() if v is not inspect.Parameter.empty]
+            fail(f"{flag} {name}={value}: there is {', '.join(known)}")
     return found
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.error = lambda message: fail(f"{message} (-h lists the options)")
     def group(title, *options):
-        add = parser.add_argument_group(title).add_argument
+        add = cli.add_argument_group(title).add_argument
         for flag, kind, default, help in options:
             kind = dict(type=kind) if callable(kind) else dict(choices=kind) if kind else dict(nargs="+")
             add(flag, default=default, help=help, metavar=flag.split("-")[-1].upper(), **kind)
-    group(
-        "criterion",
-        ("--criterion", duality.CRITERIA, "vicreg", f"vicreg (default) or {', '.join(duality.CRITERIA)}"),
-        ("--set", None, [], "its hyperparameters, such as temperature=0.15"))
-    group(
-        "data: shapes, CIFAR, or image files DIR/train/CLASS/IMAGE and DIR/val/... or DIR/test/...",
-        ("--dataset", DATASETS, "cifar10", f"cifar10 (default) or {', '.join(DATASETS)}"),
-        ("--data-dir", str, None, "default: data; CIFAR is downloaded there"),
-        ("--image-size", number(int, 8, 1024), None, "in pixels; default: 32, imagenet and folder 224"),
-        ("--views", None, [], "probabilities and strengths of the views, such as grey=0.1 blur=0.5"),
-        ("--workers", number(int, 0, 256), min(8, os.cpu_count()), "processes that read image files"))
-    group(
-        "model, with a 3x3 stem without max-pool for images up to 64 pixels",
-        ("--arch", ["small", *RESNETS], None, "small or torchvision's ResNet; default: resnet18, shapes small"),
-        ("--projector", widths, None, "layer widths; default: 2048-2048-2048, small 512-512-512"))
-    group(
-        "optimisation",
-        ("--epochs", number(int, 1), None, "default: 100, shapes 15"),
-        ("--batch-size", number(int, 2), 256, "of all processes; default: 256"),
-        ("--optimizer", ["lars", "sgd", "adamw"], None, "lars, sgd or adamw; default: lars, small adamw"),
-        ("--lr", number(float, 1e-9), None, "of batch 256, lars and sgd scale it; default: 0.3, small 0.002"),
-        ("--weight-decay", number(float, 0), None, "default: 1e-4, small 0.01"),
-        ("--warmup", number(float, 0, 1), 0.05, "share of the steps; default: 0.05"))
-    group(
-        "running",
-        ("--device", ["auto", "cuda", "mps", "cpu"], "auto", "auto (default), cuda, mps or cpu"),
-        ("--precision", ["auto", "bf16", "fp16", "fp32"], "auto", "auto (default), bf16, fp16 or fp32"),
-        ("--seed", number(int, 0), 0, "default: 0"),
-        ("--out", str, None, "the run's folder; default: runs/DATASET-CRITERION"),
-        ("--save-every", number(float, 0), 120, "seconds between checkpoints; default: 120"))
-    parser.add_argument("--compile", action="store_true", help="torch.compile network and views")
-    parser.add_argument("--profile", action="store_true", help="time the parts of 50 steps, save nothing")
-    args = parser.parse_args(argv)
+        return add
+    group("criterion", ("--criterion", CRITERIA, "vicreg", f"default: vicreg; one of {', '.join(CRITERIA)}"),
+          ("--set", None, [], "its hyperparameters, such as temperature=0.15"))
+    group("data: shapes, CIFAR, or image files DIR/train/CLASS/IMAGE and DIR/val/... or DIR/test/...",
+          ("--dataset", DATASETS, "cifar10", f"default: cifar10; {', '.join(DATASETS)}"),
+          ("--data-dir", str, None, "default: data; CIFAR is downloaded there"),
+          ("--image-size", number(int, 8, 1024), None, "in pixels; default: 32, imagenet and folder 224"),
+          ("--views", None, [], "probabilities and strengths of the views, such as grey=0.1 blur=0.5"),
+          ("--workers", number(int, 0, 256), min(8, os.cpu_count()), "processes that read image files"))
+    group("model, with a 3x3 stem without max-pool for images up to 64 pixels",
+          ("--arch", ["small", *RESNETS], None, "small or torchvision's; default: resnet18, shapes small"),
+          ("--projector", str, None, "layer widths; default: 2048-2048-2048, small 512-512-512"))
+    group("optimisation", ("--epochs", number(int, 1), None, "default: 100, shapes 15"),
+          ("--batch-size", number(int, 2), 256, "of all processes; default: 256"),
+          ("--optimizer", ["lars", "sgd", "adamw"], None, "lars, sgd or adamw; default: lars, small adamw"),
+          ("--lr", number(float, 1e-9), None, "for batch 256, scaled unless adamw; default: 0.3, small 2e-3"),
+          ("--weight-decay", number(float, 0), None, "default: 1e-4, small 0.01"),
+          ("--warmup", number(float, 0, 1), 0.05, "share of the steps; default: 0.05"))
+    add = group("running", ("--device", ["auto", "cuda", "mps", "cpu"], "auto", "auto, cuda, mps or cpu"),
+          ("--precision", ["auto", "bf16", "fp16", "fp32"], "auto", "auto, bf16, fp16 or fp32"),
+          ("--seed", number(int, 0), 0, "default: 0"), ("--out", str, None, "default: runs/DATA-CRITERION"),
+          ("--save-every", number(float, 0), 120, "seconds between checkpoints; default: 120"))
+    add("--compile", action="store_true", help="torch.compile network and views")
+    add("--profile", action="store_true", help="time the parts of 50 steps, save nothing")
+    args = cli.parse_args(argv)
     if args.dataset == "shapes" and args.data_dir:
         fail("--data-dir: shapes are made by the program, not read")
     arch = args.arch or DATASETS[args.dataset]["arch"]
     defaults = dict(**DATASETS[args.dataset], **(SMALL if arch == "small" else RESNET), data_dir="data",
                     out=f"runs/{args.dataset}-{args.criterion}")
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
-    criterion, width = duality.CRITERIA[args.criterion], int(args.projector.split("-")[-1])
+    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", args.projector):
+        fail(f"--projector {args.projector}: no list of layer widths such as 2048-2048-512")
+    criterion = CRITERIA[args.criterion]
     args.set, args.views = keywords("--set", args.set, criterion), keywords("--views", args.views, Views)
-    try:
-        Views(8, **args.views), criterion(*torch.randn(2, 4, width), **args.set)
+    try:  # values out of range are found here, not after the data are read
+        Views(8, **args.views), criterion(*torch.randn(2, 4, int(args.projector.split("-")[-1])), **args.set)
     except ValueError as error:
         fail(error)
     return args
@@ -121,13 +107,11 @@ def parse_args(argv=None):
 # --- Data: uint8 on the device where it fits, read by worker processes where it does not -------------------
 def generator(device, *key):
     """A random generator that depends on nothing but its key of whole numbers."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
 
 def shapes(n, seed, size=32):
-    """(n, 3, size, size) uint8 images and their (n,) labels: four copies of the class's shape in each image.
-
-    Each copy has its own ground, colours, texture, place, scale and tilt: two crops share the shape alone.
-    """
+    """uint8 images (n, 3, size, size), labels (n,): four copies of the class's shape, each of its own ground,
+    colours, texture, place, scale and tilt, so that two crops share the shape alone."""
     draw, labels = generator("cpu", seed, 0, 9), torch.arange(n) % 8
     axis = (torch.arange(size) + 0.5) / size * 2 - 1  # a copy's quarter, drawn at twice the resolution
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -146,26 +130,22 @@ def shapes(n, seed, size=32):
             (v < 0.7) & (v > 2 * u.abs() - 0.9), (torch.minimum(u.abs(), v.abs()) < 0.25) & (square < 1),
             (v.abs() > 0.3) & (square < 0.9), (u.abs() > 0.3) & (square < 0.9)))
         return torch.where(inside[labels, torch.arange(n), None], texture(), texture()).clamp(0, 1)
-    rows = [torch.cat((quarter(), quarter()), 3) for _ in range(2)]
-    return (F.avg_pool2d(torch.cat(rows, 2), 2) * 255).round().byte(), labels
+    images = torch.cat([torch.cat((quarter(), quarter()), 3) for _ in range(2)], 2)
+    return (F.avg_pool2d(images, 2) * 255).round().byte(), labels
 
 class Files(torchvision.datasets.ImageFolder):
-    """Images by (index, seed): (crops (k, 3, S, S) uint8, two random ones or for seed None the centre, label, path).
-
-    A file that cannot be read gives way to the next one that can, and its path is returned; else it is "".
-    """
-    def __init__(self, folder, size, crop):
+    """By (index, seed): uint8 crops (k, 3, S, S), two random ones or, seed None, the centre; label; path of a
+    file that cannot be read and gave way to the next one that can, or ""."""
+    def __init__(self, folder, size, least_area):
         try:
             super().__init__(folder)
         except FileNotFoundError as error:  # no such folder, no class in it, or a class without images
             fail(f"{folder}: {str(error).splitlines()[0]}; --data-dir DIR has DIR/train/CLASS/IMAGE")
-        self.size, to_tensor = size, transforms.PILToTensor()
-        self.centre = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), to_tensor])
-        self.random = transforms.Compose([transforms.RandomResizedCrop(size, (crop or 1, 1)), to_tensor])
-
+        self.size, self.centre = size, Compose([Resize(size), CenterCrop(size), PILToTensor()])
+        self.random = Compose([RandomResizedCrop(size, (least_area or 1, 1)), PILToTensor()])
     def __getitem__(self, key):
         (index, seed), image = key, Image.new("RGB", (1, 1))
-        for i in [*range(index, len(self)), *range(index)]:
+        for i in (*range(index, len(self)), *range(index)):
             path, label = self.samples[i]
             try:
                 with Image.open(path) as file:
@@ -174,15 +154,21 @@ class Files(torchvision.datasets.ImageFolder):
                 break
             except Exception:  # a damaged file makes PIL raise about anything
                 continue
-        damaged = self.samples[index][0] if i != index else ""
-        if seed is None:
-            return self.centre(image)[None], label, damaged
         with torch.random.fork_rng([]):
-            torch.manual_seed(seed * 1_000_003 + index)
-            return torch.stack([self.random(image), self.random(image)]), label, damaged
+            torch.manual_seed((seed or 0) * 1_000_003 + index)
+            crops = [self.centre(image)] if seed is None else [self.random(image), self.random(image)]
+        return torch.stack(crops), label, self.samples[index][0] if i != index else ""
+    def read_all(self, workers):
+        """(images (N, 3, S, S), labels (N,)) of all files; those that cannot be read are named together."""
+        keys = [(i, None) for i in range(len(self))]
+        loader = torch.utils.data.DataLoader(self, batch_size=500, sampler=keys, num_workers=workers)
+        crops, labels, damaged = zip(*tqdm(loader, "reading images", leave=False, delay=2))
+        if damaged := list(filter(None, sum(map(list, damaged), []))):
+            fail(f"{len(damaged)} of {len(self)} images cannot be read: {', '.join(damaged)}")
+        return torch.cat(crops)[:, 0], torch.cat(labels)
 
 def load(args):
-    """Training and test set, each (uint8 images (N, 3, H, W), labels) or Files."""
+    """Training and test set, each (uint8 images (N, 3, H, W) or, where they are too much, Files; labels)."""
     root = Path(args.data_dir)
     if args.dataset == "shapes":
         return shapes(5000, 0), shapes(2000, 1)
@@ -193,60 +179,49 @@ def load(args):
         except Exception as error:
             fail(f"{args.dataset} is not in {root} and its download failed ({error}): put its archive there, "
                  "name another --data-dir, or try --dataset shapes, which needs no network")
-        return [(torch.tensor(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in sets]
+        return [(torch.tensor(s.data.transpose(0, 3, 1, 2)), torch.tensor(s.targets)) for s in sets]
     test = "val" if (root / "val").is_dir() else "test"
     sets = [Files(root / name, args.image_size, Views(8, **args.views).crop) for name in ("train", test)]
     if sets[0].classes != sets[1].classes:
         fail(f"{root}: train and {test} have different classes")
-    return sets
+    if sum(map(len, sets)) * 3 * args.image_size**2 <= RESIDENT_BYTES:
+        return [files.read_all(args.workers) for files in sets]
+    return [(files, torch.tensor(files.targets)) for files in sets]
 
 class Data:
-    """Training and test images, in batches of views or as they are.
-
-    What is random depends on (seed, step) alone and is drawn for the whole batch: any number of processes and
-    a resumed run see the same images in the same order with the same views.
-    """
+    """Training and test images, in batches of views or as they are. What is random depends on (seed, step)
+    and is drawn for the whole batch: any number of processes, and a resumed run, see the same views."""
     def __init__(self, args, device, rank=0, world=1):
         self.args, self.device, self.rank, self.world, self.damaged = args, device, rank, world, set()
         if rank:
             dist.barrier()  # the first process downloads for all
-        sets = load(args)
+        self.sets = dict(zip(("train", "test"), load(args)))
         if world > 1 and not rank:
             dist.barrier()
-        self.sets, self.held = dict(zip(("train", "test"), sets)), not isinstance(sets[0], Files)
-        self.size = {split: len(s[1] if self.held else s) for split, s in self.sets.items()}
-        if not self.held and sum(self.size.values()) * 3 * args.image_size**2 <= RESIDENT_BYTES:
-            keys = {split: [(i, None) for i in torch.arange(n).split(500)] for split, n in self.size.items()}
-            read = {split: list(tqdm(self.fetch(split, keys[split]), "reading images", len(keys[split]),
-                                     leave=False, delay=2)) for split in keys}
-            if self.damaged:
-                fail(f"{len(self.damaged)} images cannot be read: {', '.join(sorted(self.damaged))}")
-            self.sets = {split: (torch.cat([crops[0] for crops, _ in parts]), torch.cat([y for _, y in parts]))
-                         for split, parts in read.items()}
-            self.held = True
-        if self.held:
-            self.sets = {split: [t.to(device) for t in pair] for split, pair in self.sets.items()}
-        self.classes = 1 + int(max(self.sets["train"][1] if self.held else sets[0].targets))
+        self.size = {split: len(labels) for split, (_, labels) in self.sets.items()}
+        self.classes = 1 + int(self.sets["train"][1].max())
         self.views = Views(args.image_size, **args.views).to(device)
-        self.views.crop *= self.held  # files are cropped where they are read
         self.unchanged = Views(args.image_size, crop=0, flip=0, jitter=0, grey=0).to(device)
+        if isinstance(self.sets["train"][0], Files):
+            self.views.crop = 0  # files are cropped where they are read
+        else:
+            self.sets = {split: [t.to(device) for t in pair] for split, pair in self.sets.items()}
         if args.compile:
             self.views.apply = torch.compile(self.views.apply, dynamic=False)
-
     def fetch(self, split, keys):
-        """Yields (crops, labels) for each (indices, seed) of keys; held images are one crop, the whole."""
-        if self.held:
-            images, labels = self.sets[split]
-            yield from (([images[index]], labels[index]) for index, _ in keys)
-            return
-        keys = ([(i, seed) for i in index.tolist()] for index, seed in keys)
-        for crops, labels, damaged in torch.utils.data.DataLoader(
-                self.sets[split], batch_sampler=keys, num_workers=self.args.workers,
-                pin_memory=self.device.type == "cuda"):
-            self.damaged.update(filter(None, damaged))
-            crops, labels = (t.to(self.device, non_blocking=True) for t in (crops, labels))
-            yield crops.unbind(1), labels
-
+        """Iterates (crops, labels) for each (indices, seed) of keys; held images are one crop, the whole."""
+        images, labels = self.sets[split]
+        if torch.is_tensor(images):
+            moved = (index.to(self.device, non_blocking=True) for index, _ in keys)
+            return (([images[index]], labels[index]) for index in moved)
+        def stream():
+            for crops, labels, damaged in torch.utils.data.DataLoader(
+                    images, batch_sampler=([(i, seed) for i in index.tolist()] for index, seed in keys),
+                    num_workers=self.args.workers, pin_memory=self.device.type == "cuda"):
+                self.damaged.update(filter(None, damaged))
+                crops, labels = (t.to(self.device, non_blocking=True) for t in (crops, labels))
+                yield crops.unbind(1), labels
+        return stream()
     def batches(self, first, steps, steps_per_epoch):
         """Yields (view a, view b, labels) of this process's share of each step from `first` on."""
         seed, batch, share = self.args.seed, self.args.batch_size, self.args.batch_size // self.world
@@ -255,14 +230,11 @@ class Data:
                 epoch, i = divmod(step, steps_per_epoch)
                 if i == 0 or step == first:
                     order = torch.randperm(self.size["train"], generator=generator("cpu", seed, epoch, 2))
-                    order = order.to(self.device if self.held else "cpu")
-                begin = i * batch + self.rank * share
-                yield order[begin:begin + share], seed * 1_000_003 + step
+                yield order[i * batch:][self.rank * share:][:share], seed * 1_000_003 + step
         for step, (crops, labels) in enumerate(self.fetch("train", keys()), first):
-            va, vb = (self.views(crops[-view], generator(self.device, seed, step, view), (self.rank, self.world))
-                      for view in (0, 1))
+            draws = (generator(self.device, seed, step, view) for view in (0, 1))
+            va, vb = (self.views(crops[-i], draw, (self.rank, self.world)) for i, draw in enumerate(draws))
             yield va, vb, labels
-
     def plain(self, split, batch=500):
         """Yields (images, labels) of this process's share of a split, normalised and not augmented."""
         shares = torch.arange(self.rank, self.size[split], self.world).split(batch)
@@ -277,7 +249,7 @@ def blend(x, y, factor):
     return torch.lerp(y, x, factor).clamp_(0, 1)
 
 def adjust_hue(x, turn):
-    """Turns the hue of planes (3, B, pixels) by `turn`, (B, 1), of a circle; HSV's value and saturation stay."""
+    """Turns the hue of planes (3, B, pixels) by turn (B, 1) of a circle; HSV's value and saturation stay."""
     # X = (2 r - max - min) / c,  A = (g - b) / c,  c = max - min: a hue is a place on the edge of the square
     # -1 <= X, A <= 1, so 6 h = sign(A) (3/2 - X (3/2 - |A|)) without a case for each sextant, and back
     # (r, g, b) = min + c clamp(|6 frac(h + (0, 2/3, 1/3)) - 3| - 1, 0, 1)
@@ -292,7 +264,7 @@ def adjust_hue(x, turn):
 
 def resampling(start, length, flip, size, out):
     """Weights (B, out, size) that resize [start, start + length) of `size` pixels to `out`, antialiased."""
-    # w_oj = max(0, 1 - |j + 1/2 - c_o| / s) / sum_j,  c_o = start + (o + 1/2) length / out,  s = max(1, length / out)
+    # w_oj = max(0, 1 - |j + 1/2 - c_o| / max(1, r)) / sum_j,  c_o = start + (o + 1/2) r,  r = length / out
     start, length, flip = (p[:, None, None] for p in (start, length, flip))
     o, j = (torch.arange(n, device=start.device) + 0.5 for n in (out, size))
     centre = start + torch.where(flip, out - o[:, None], o[:, None]) * (length / out)
@@ -302,51 +274,46 @@ def resampling(start, length, flip, size, out):
 
 def blurring(sigma, size, radius):
     """Weights (B, size, size) of a Gaussian blur of each sample's own sigma, edges reflected."""
-    # M_ij = sum of exp(-t^2 / 2 sigma^2), |t| <= radius, over the t = i - k whose k reflects to j
-    i = torch.arange(size, device=sigma.device)[:, None]
-    j, last = i.T, size - 1
-    t, real = torch.stack((i - j, i + j, i + j - 2 * last)), torch.stack((i >= 0 * j, j > 0 * i, j < last + 0 * i))
-    weights = torch.exp(-0.5 * (t / sigma[:, None, None, None]) ** 2) * (real & (t.abs() <= radius))
-    return weights.sum(1) / weights.sum((1, 3))[..., None]
+    # M_ij = sum of exp(-t^2 / 2 sigma^2) / sum_t, |t| <= radius, over the t with i + t reflected to j
+    i, t = (torch.arange(low, high, device=sigma.device) for low, high in ((0, size), (-radius, radius + 1)))
+    j = size - 1 - (size - 1 - (i[:, None] + t).abs()).abs()
+    weights = (-0.5 * (t / sigma[:, None]) ** 2).softmax(1)[:, None].expand(-1, size, -1)
+    return weights.new_zeros(len(sigma), size, size).scatter_add_(2, j.expand_as(weights), weights)
 
 class Views(nn.Module):
-    """uint8 images (B, 3, H, W) -> a random view of each, normalised float32 (B, 3, S, S), all drawn on their own.
+    """uint8 images (B, 3, H, W) -> a random view of each, drawn on its own, normalised float32 (B, 3, S, S).
 
-    Settings, in [0, 1]: crop, the least share of the area (0: all of it); flip, jitter, grey, blur, solarise,
-    probabilities; brightness, contrast, saturation, hue, the jitter's strengths, applied in this order.
-    """
-    def __init__(self, image_size, crop=0.2, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2,
-                 hue=0.1, grey=0.2, blur=0.0, solarise=0.0):
+    In [0, 1]: crop, the least share of the area (0: all); flip, jitter, grey, blur, solarise, probabilities;
+    brightness, contrast, saturation, hue, the jitter's strengths, in this order."""
+    def __init__(self, image_size, crop=0.2, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4,
+                 saturation=0.2, hue=0.1, grey=0.2, blur=0.0, solarise=0.0):
         super().__init__()
-        self.size, self.crop, self.flip, self.jitter, self.hue = image_size, crop, flip, jitter, hue
-        self.grey, self.blur, self.solarise = grey, blur, solarise
-        self.strengths = dict(brightness=brightness, contrast=contrast, saturation=saturation)
-        if not all(0 <= v <= 1 for v in (crop, flip, jitter, hue, grey, blur, solarise, *self.strengths.values())):
-            raise ValueError("the settings of the views are in [0, 1]")
+        settings = {k: v for k, v in locals().items() if k not in ("self", "image_size", "__class__")}
+        if wrong := {name: value for name, value in settings.items() if not 0 <= value <= 1}:
+            raise ValueError(f"the views' settings are in [0, 1], not {wrong}")
+        vars(self).update(settings, size=image_size)
         for name, values in dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)).items():  # ImageNet's
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
-
     def draw(self, n, height, width, device=None, generator=None):
         """The parameters of n views, a dict of (n,) tensors."""
         u = iter(torch.rand(15, n, device=device, generator=generator))
         def uniform(low, high):
             return low + (high - low) * next(u)
-        # area and aspect ratio as in RandomResizedCrop; a side that is too long is cut, where that draws again
+        # area and aspect ratio as in RandomResizedCrop, but a side too long is cut, where that draws again
         area, ratio = uniform(self.crop or 1, 1) * height * width, (uniform(-1, 1) * math.log(4 / 3)).exp()
         h, w = (area / ratio).sqrt().clamp(1, height), (area * ratio).sqrt().clamp(1, width)
         if not self.crop:
             h, w = torch.full_like(h, height), torch.full_like(w, width)
         p = dict(height=h, width=w, top=next(u) * (height - h), left=next(u) * (width - w))
         p["flip"], jitter = next(u) < self.flip, next(u) < self.jitter
-        for name, strength in self.strengths.items():
-            p[name] = torch.where(jitter, uniform(1 - strength, 1 + strength), 1)
+        for name in ("brightness", "contrast", "saturation"):
+            p[name] = torch.where(jitter, 1 + uniform(-getattr(self, name), getattr(self, name)), 1)
         p["hue"] = torch.where(jitter, uniform(-self.hue, self.hue), 0)
         p["grey"] = torch.where(next(u) < self.grey, 0.0, 1.0)
         p["sigma"] = torch.where(next(u) < self.blur, uniform(0.1, 2), 1e-3)
         return dict(p, solarise=torch.where(next(u) < self.solarise, 1.0, 2.0))
-
     def apply(self, images, p):
-        """The views of uint8 images with the parameters p, by torchvision's operations, each sample its own."""
+        """The views of uint8 images with the parameters p, each operation as torchvision defines it."""
         (n, _, height, width), size = images.shape, self.size
         f = {name: value[:, None] for name, value in p.items()}
         if self.crop or (height, width) != (size, size):
@@ -371,12 +338,11 @@ class Views(nn.Module):
         if self.solarise:
             x = torch.minimum(x, f["solarise"] - x)  # 1 - x where x >= 1/2, or, where solarise is 2, x
         return ((x - self.mean) / self.std).view(3, n, size, size).transpose(0, 1)
-
     def forward(self, images, generator=None, share=(0, 1)):
         """share (r, W): the images are part r of W of the batch that the generator draws parameters for."""
         n, (height, width), device = len(images), images.shape[2:], images.device
         p = self.draw(n * share[1], height, width, device, generator)
-        p = {name: value[share[0] * n:(share[0] + 1) * n] for name, value in p.items()}
+        p = {name: value[share[0] * n:][:n] for name, value in p.items()}
         out = torch.empty(n, 3, self.size, self.size, device=device, memory_format=torch.channels_last)
         step = 64 if device.type == "cpu" else n  # what a CPU core's cache holds
         for i in range(0, n, step):
@@ -385,18 +351,14 @@ class Views(nn.Module):
 
 # --- Model and optimiser -----------------------------------------------------------------------------------
 class Model(nn.Module):
-    """Images -> (embeddings, logits of the online probe, which sends no gradient back).
-
-    The encoder is four plain convolutions ("small") or torchvision's ResNet without its classifier. In the
-    projector "X-Y-Z", batch norm and ReLU follow each linear layer but the last, which has no bias.
-    """
+    """Images -> (embeddings, logits of the online probe, which sends no gradient back). The encoder is small
+    or torchvision's; in the projector batch norm and ReLU follow each layer but the last, without bias."""
     def __init__(self, arch, image_size, projector, classes):
         super().__init__()
         if arch == "small":
-            sizes = (3, 32, 64, 128, 256)
+            sizes = (3, 32, 64, 128, width := 256)
             layers = [(nn.Conv2d(a, b, 3, 1 + (a > 3), 1), nn.ReLU(True)) for a, b in zip(sizes, sizes[1:])]
             self.encoder = nn.Sequential(*sum(layers, ()), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-            width = sizes[-1]
         else:
             self.encoder = torchvision.models.get_model(arch, weights=None)
             width, self.encoder.fc = self.encoder.fc.in_features, nn.Identity()
@@ -407,19 +369,17 @@ class Model(nn.Module):
         layers = [(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(True)) for a, b in zip(hidden, hidden[1:])]
         self.projector = nn.Sequential(*sum(layers, ()), nn.Linear(hidden[-1], last, bias=False))
         self.probe = nn.Linear(width, classes)
-
     def forward(self, images):
         features = self.encoder(images)
         return self.projector(features), self.probe(features.detach())
 
 class LARS(torch.optim.Optimizer):
     """SGD with momentum, its gradients, in groups with adapt, scaled to their weights (arXiv 1708.03888)."""
-    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.02, adapt=True):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, adapt=adapt))
-
+    def __init__(self, params, lr, weight_decay=0.0, eta=0.02, adapt=True):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, eta=eta, adapt=adapt))
     @torch.no_grad()
     def step(self):
-        # g <- g + decay w;  g <- g min(1, eta ||w|| / (lr ||g||)), unless w or g is 0;  v <- m v + g;  w <- w - lr v
+        # g <- g + decay w;  g <- g min(1, eta |w| / lr |g|), if |w|, |g| > 0;  v <- 0.9 v + g;  w <- w - lr v
         for group in self.param_groups:
             params, lr = [p for p in group["params"] if p.grad is not None], group["lr"]
             grads = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
@@ -428,7 +388,7 @@ class LARS(torch.optim.Optimizer):
                 scale = torch.where((w > 0) & (g > 0), (group["eta"] / lr * w / g).clamp(max=1), 1)
                 torch._foreach_mul_(grads, list(scale.unbind()))
             momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
-            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_mul_(momenta, 0.9)
             torch._foreach_add_(momenta, grads)
             torch._foreach_add_(params, momenta, alpha=-lr)
 
@@ -436,9 +396,7 @@ def build_optimizers(args, model):
     """The network's optimiser, biases and norms exempt from decay and adaptation, and the online probe's."""
     params = [*model.encoder.parameters(), *model.projector.parameters()]
     groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=args.weight_decay),
-              dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0)]
-    if args.optimizer == "lars":
-        groups[1]["adapt"] = False
+              dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0, adapt=False)]
     adamw = functools.partial(torch.optim.AdamW, fused=params[0].device.type != "mps")
     make = dict(lars=LARS, adamw=adamw, sgd=functools.partial(torch.optim.SGD, momentum=0.9))[args.optimizer]
     main = make(groups, args.lr * (1 if args.optimizer == "adamw" else args.batch_size / 256))
@@ -450,17 +408,15 @@ def schedule(step, steps, warmup):
     return (step + 1) / rise if step < rise else (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
 
 def forward_backward(net, criterion, keywords, views, labels, autocast, scaler, clock=lambda part: None):
-    """Leaves the gradients of the criterion, over all processes' samples, and of the online probe.
-
-    Returns the terms, the first view's embeddings of all processes, and how many of this one's labels the probe knew.
-    """
+    """Makes the gradients of the criterion of all processes' samples and of the probe; returns the terms, the
+    first view's embeddings, all processes', and the probe's accuracy on this one's samples."""
     with autocast():
         embeddings, logits = net(torch.cat(views))
     labels = labels.repeat(len(views))
     probe_loss = F.cross_entropy(logits.float(), labels)
     clock("encoder")
     leaf = embeddings.detach().requires_grad_()  # so that the criterion can be timed by itself
-    gathered = [duality.gather(z) for z in leaf.chunk(len(views))]
+    gathered = [gather(z) for z in leaf.chunk(len(views))]
     terms = criterion.terms(*gathered, **keywords)
     scaler.scale(sum(terms.values())).backward()
     clock("criterion")
@@ -485,21 +441,10 @@ def start(args):
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    fast = {"cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool), "cuda": torch.cuda.is_bf16_supported}
-    automatic = "bf16" if fast.get(kind, bool)() else "fp16" if kind == "cuda" else "fp32"
-    return device, rank, world, automatic if args.precision == "auto" else args.precision
-
-class Clock:
-    """Adds up the seconds of a step's parts; only with --profile, as it waits for the device."""
-    def __init__(self, device, on):
-        self.device, self.on, self.seconds, self.last = device, on, {}, time.perf_counter()
-
-    def __call__(self, part):
-        if self.on:
-            if self.device.type != "cpu":
-                getattr(torch, self.device.type).synchronize()
-            before, self.last = self.last, time.perf_counter()
-            self.seconds[part] = self.seconds.get(part, 0) + self.last - before
+        atexit.register(dist.destroy_process_group)
+    fast = dict(cpu=getattr(torch.cpu, "_is_avx512_bf16_supported", bool), cuda=torch.cuda.is_bf16_supported)
+    best = "bf16" if fast.get(kind, bool)() else "fp16" if kind == "cuda" else "fp32"
+    return device, rank, world, best if args.precision == "auto" else args.precision
 
 def save(path, write):
     """Writes a file by write(file), whole or not at all."""
@@ -517,7 +462,7 @@ def load_checkpoint(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
     except Exception as error:
-        fail(f"{path} is damaged ({type(error).__name__}): move it away to begin anew, or name another --out")
+        fail(f"{path} is damaged ({type(error).__name__}): move it away or name another --out")
 
 @torch.no_grad()
 def probe_accuracy(model, data, autocast):
@@ -534,7 +479,7 @@ def train(args):
     (device, rank, world, precision), out = start(args), Path(args.out)
     data = Data(args, device, rank, world)
     steps_per_epoch = data.size["train"] // args.batch_size
-    steps, done = args.epochs * steps_per_epoch, 0
+    steps, done = min(args.epochs * steps_per_epoch, 55 if args.profile else math.inf), 0
     if not steps:
         fail(f"--batch-size {args.batch_size}: there are only {data.size['train']} training images")
     torch.manual_seed(args.seed)
@@ -545,7 +490,7 @@ def train(args):
     autocast = functools.partial(torch.autocast, device.type, enabled=precision != "fp32",
                                  dtype=torch.float16 if precision == "fp16" else torch.bfloat16)
     free = ("epochs", "device", "workers", "compile", "out", "save_every", "profile")  # may change in a run
-    settings, log = {k: v for k, v in vars(args).items() if k not in free}, None
+    settings = {k: v for k, v in vars(args).items() if k not in free}
     saved = None if args.profile else load_checkpoint(out / "checkpoint.pt")
     if saved:
         old = saved["settings"]
@@ -555,26 +500,32 @@ def train(args):
             part.load_state_dict(state)
         torch.set_rng_state(saved["rng"])
         if (done := saved["step"]) >= steps:
-            return print(f"{out} is complete after {done // steps_per_epoch} epochs; more --epochs go on")
-    if rank == 0 and not args.profile:
-        try:
+            return say(f"{out} is complete after {done // steps_per_epoch} epochs; more --epochs go on")
+    writes = rank == 0 and not args.profile
+    try:
+        if writes:
             out.mkdir(parents=True, exist_ok=True)
-            log = open(out / "log.jsonl", "ab")
-        except OSError as error:
-            fail(f"--out {out} cannot be written ({error})")
+        log = open(out / "log.jsonl" if writes else os.devnull, "ab")
+    except OSError as error:
+        fail(f"--out {out} cannot be written ({error})")
+    if writes:
         log.truncate(saved["log_bytes"] if saved else 0)
     def write(**record):
-        if log:
-            log.write(json.dumps(record).encode() + b"\n")
+        log.write(json.dumps(record).encode() + b"\n")
     def save_all():
-        if log:
-            log.flush()
-            os.fsync(log.fileno())
-            save(out / "encoder.pt", functools.partial(torch.save, model.encoder.state_dict()))
-            save(out / "checkpoint.pt", functools.partial(torch.save, dict(
-                settings=settings, step=done, log_bytes=log.tell(), rng=torch.get_rng_state(),
-                state=[part.state_dict() for part in parts])))
-
+        log.flush()
+        os.fsync(log.fileno())
+        save(out / "encoder.pt", functools.partial(torch.save, model.encoder.state_dict()))
+        save(out / "checkpoint.pt", functools.partial(torch.save, dict(
+            settings=settings, step=done, log_bytes=log.tell(), rng=torch.get_rng_state(),
+            state=[part.state_dict() for part in parts])))
+    def clock(part):  # only with --profile, as it waits for the device
+        nonlocal last
+        if args.profile:
+            if device.type != "cpu":
+                getattr(torch, device.type).synchronize()
+            before, last = last, time.perf_counter()
+            seconds[part] = seconds.get(part, 0) + last - before
     net = model
     if world > 1:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if device.type == "cuda" else net
@@ -583,17 +534,16 @@ def train(args):
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
-    stem = ", 3x3 stem without max-pool" if args.arch != "small" and args.image_size <= 64 else ""
-    if rank == 0:
-        print(f"{args.criterion}, {data.size['train']} images of {data.classes} classes, {args.arch}{stem}, projector "
-              f"{args.projector}, {args.optimizer}, {world} x {device.type} {precision}, {out}", file=sys.stderr)
+    stem = ", 3x3 stem without max-pool" * (args.arch != "small" and args.image_size <= 64)
+    say(f"{args.criterion}, {data.size['train']} images of {data.classes} classes, {args.arch}{stem}, "
+        f"projector {args.projector}, {args.optimizer}, {world} x {device.type} {precision}, {out}")
     bar = tqdm(total=steps, initial=done, unit="step", disable=rank > 0 or args.profile, mininterval=0.5)
-    clock, rows, seen, top1 = Clock(device, args.profile), [], done, math.nan
-    since = last_save = time.time()
+    rows, top1, seconds = [], math.nan, {}
+    last = looked = last_save = time.perf_counter()
     for *views, labels in data.batches(done, steps, steps_per_epoch):
         clock("views")
         terms, embeddings, right = forward_backward(
-            net, duality.CRITERIA[args.criterion], args.set, views, labels, autocast, scaler, clock)
+            net, CRITERIA[args.criterion], args.set, views, labels, autocast, scaler, clock)
         for group in optimizers[0].param_groups:
             group["lr"] = schedule(done, steps, args.warmup) * group.setdefault("full_lr", group["lr"])
         for optimizer in optimizers:
@@ -603,12 +553,8 @@ def train(args):
         clock("optimiser")
         done += 1
         if args.profile:
-            if done == 5:  # the first steps are no measure
-                clock.seconds.clear()
-            if done == 55 or done == steps:
-                total = sum(clock.seconds.values())
-                shares = ", ".join(f"{part} {100 * s / total:.1f} %" for part, s in clock.seconds.items())
-                return print(f"{args.batch_size * (done - 5) / total:.0f} samples/s, two views each: {shares}")
+            if done == 5:
+                seconds.clear()  # the first steps are no measure
             continue
         rows.append(torch.stack([t.detach().float() for t in (*terms.values(), right)]))
         epoch_ends = done % steps_per_epoch == 0
@@ -623,37 +569,32 @@ def train(args):
         for step, row in enumerate(values.tolist(), done - len(rows)):
             record = dict(zip((*terms, "probe_train"), row))
             if bad := [name for name in terms if not math.isfinite(record[name])]:
-                if rank == 0:
-                    print(f"\ntrain.py: {bad[0]} is {record[bad[0]]} at step {step}: try a lower --lr; what {out} "
-                          "has saved is from before", file=sys.stderr)
-                raise SystemExit(1)
+                bar.close()
+                fail(f"{bad[0]} is {record[bad[0]]} at step {step}; {out} keeps what it saved before", 1)
             write(step=step, epoch=step // steps_per_epoch, loss=sum(row[:-1]), **record)
-        rate = (done - seen) * args.batch_size / (time.time() - since)
-        watched = duality.diagnose(embeddings) if epoch_ends or done % (5 * LOOK_EVERY) == 0 else {}
+        rate = len(rows) * args.batch_size / (time.perf_counter() - looked)
+        seen = diagnose(embeddings) if epoch_ends or done % (5 * LOOK_EVERY) == 0 else {}
         write(step=step, samples_per_s=rate, lr=group["lr"], damaged=len(data.damaged),
-              **{name: value.item() for name, value in watched.items()})
+              **{name: value.item() for name, value in seen.items()})
         if epoch_ends:
             top1 = probe_accuracy(model, data, autocast)
             write(epoch=step // steps_per_epoch, probe_test=top1)
         bar.update(done - bar.n)
-        bar.set_postfix_str(f"loss {sum(row[:-1]):.4g}, probe {100 * row[-1]:.1f} % (test {top1:.1f} %), {rate:.0f} samples/s"
-                            + f", {len(data.damaged)} files damaged" * bool(data.damaged))
-        rows, seen, since = [], done, time.time()
-        if stop or done == steps or time.time() - last_save >= args.save_every:
+        bar.set_postfix_str(f"loss {sum(row[:-1]):.4g}, probe {100 * row[-1]:.1f} % (test {top1:.1f} %), "
+                            f"{rate:.0f} samples/s" + f", {len(data.damaged)} damaged" * bool(data.damaged))
+        rows, looked = [], time.perf_counter()
+        if writes and (stop or done == steps or looked - last_save >= args.save_every):
             save_all()
-            last_save = time.time()
+            last_save = time.perf_counter()
         if stop:
             bar.close()
-            if rank == 0:
-                print(f"stopped and saved after step {done} of {steps}; the same command goes on", file=sys.stderr)
-            raise SystemExit(128 + int(stop))
+            fail(f"stopped and saved after step {done} of {steps}; the same command goes on", 128 + int(stop))
     bar.close()
-    if rank == 0:
-        print(f"{out}: online probe {top1:.2f} % on the test images; next: python eval.py {out}")
+    if args.profile:
+        total = sum(seconds.values())
+        shares = ", ".join(f"{part} {100 * s / total:.1f} %" for part, s in seconds.items())
+        return say(f"{args.batch_size * (done - 5) / total:.0f} samples/s, two views each: {shares}")
+    say(f"{out}: online probe {top1:.2f} % on the test images; next: python eval.py {out}")
 
 if __name__ == "__main__":
-    try:
-        train(parse_args())
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    train(parse_args())
