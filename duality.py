@@ -13,8 +13,7 @@ Here rows are samples: z = K^T is (N, D), D = M; z z^T compares samples and z^T 
 A criterion is a pure function f(za, zb, **hyperparameters) of two views (N, D). Its body returns its weighted
 terms, `@criterion` makes it their sum: vicreg(za, zb) is the loss, vicreg.terms(za, zb) the dict to log.
 """
-import functools
-import math
+import functools, math
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -120,6 +119,9 @@ def standardize(z, eps=1e-5):
     """Centred dimensions of norm sqrt(N), that is of (biased) variance 1."""
     k = center(z)
     return k * (k.square().mean(0) + eps).rsqrt()
+
+def spread(z):  # centred dimensions of norm sqrt(N / D): embeddings of norm 1 on average
+    return standardize(z) / math.sqrt(z.shape[1])
 
 def normalize(z):
     """Embeddings of norm 1; zero stays zero."""
@@ -232,8 +234,7 @@ simclr_sq = contrastive("simclr_sq", "SimCLR of squared cosines, positives too."
 simclr_abs = contrastive("simclr_abs", "SimCLR of absolute cosines, positives too.", similarity=torch.abs)
 simclr_centered = contrastive("simclr_centered", "Variant A: SimCLR of centred dimensions, then norm 1.",
                               prepare=lambda z: normalize(center(z)))
-simclr_standardized = contrastive("simclr_standardized", "Variant B, Eq 14: dimensions of norm sqrt(N / D).",
-                                  prepare=lambda z: standardize(z) / math.sqrt(z.shape[1]))
+simclr_standardized = contrastive("simclr_standardized", "Variant B, Eq 14: SimCLR of spread(z).", prepare=spread)
 dcl = contrastive("dcl", "DCL (arXiv 2110.06848): no positive in the log; may be negative.", decoupled=True)
 dcl_sq = contrastive("dcl_sq", "DCL of squared cosines.", similarity=torch.square, decoupled=True)
 dcl_abs = contrastive("dcl_abs", "DCL of absolute cosines.", similarity=torch.abs, decoupled=True)
@@ -247,21 +248,20 @@ def spectral(za, zb, radius=3.0):
     return dict(invariance=-2 * positives.mean(), repulsion=off_diagonal(za, zb, positives) / n / (n - 1))
 
 def _pair(za, zb, L, invariance, repulsion):
-    # lambda / N sum_i ||x_i - x'_i||^2 + nu / 2N (L(K) + L(K')), embeddings of norm 1
-    za, zb = normalize(za), normalize(zb)
+    # lambda / N sum_i ||x_i - x'_i||^2 + nu / 2N (L(K) + L(K'))
     return dict(invariance=invariance * za.shape[1] * F.mse_loss(za, zb),
                 repulsion=repulsion / 2 / len(za) * (L(za) + L(zb)))
 
 @criterion
 def sample_contrastive(za, zb, invariance=1.0, repulsion=1.0):
-    """An invariance term and L_c, of embeddings of norm 1."""
-    return _pair(za, zb, L_c, invariance, repulsion)
+    """An invariance term and L_c of centred dimensions of norm sqrt(N / D)."""
+    return _pair(spread(za), spread(zb), L_c, invariance, repulsion)
 
 # --- and dimension-contrastive ----------------------------------------------------------------------------
 @criterion
 def dimension_contrastive(za, zb, invariance=1.0, repulsion=1.0):
-    """The same with L_nc, of the same embeddings."""
-    return _pair(za, zb, L_nc, invariance, repulsion)
+    """The same with L_nc, of the same embeddings; of norm 1 alone they could collapse onto one dimension."""
+    return _pair(spread(za), spread(zb), L_nc, invariance, repulsion)
 
 @criterion
 def barlow_twins(za, zb, redundancy=0.0051):
@@ -276,7 +276,7 @@ def barlow_twins(za, zb, redundancy=0.0051):
 def tcr(za, zb, invariance=1.0, eps=0.5):
     """Total coding rate (arXiv 2201.10000) of embeddings of norm 1, per sample, maximised."""
     # lambda / N sum_i ||x_i - x'_i||^2 - 1/2N (R(Z) + R(Z'))
-    return _pair(za, zb, lambda z: -coding_rate(z, eps), invariance, repulsion=1.0)
+    return _pair(normalize(za), normalize(zb), lambda z: -coding_rate(z, eps), invariance, repulsion=1.0)
 
 # --- To watch and to distribute ---------------------------------------------------------------------------
 @torch.no_grad()
