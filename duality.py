@@ -234,7 +234,7 @@ simclr_sq = contrastive("simclr_sq", "SimCLR of squared cosines, positives too."
 simclr_abs = contrastive("simclr_abs", "SimCLR of absolute cosines, positives too.", similarity=torch.abs)
 simclr_centered = contrastive("simclr_centered", "Variant A: SimCLR of centred dimensions, then norm 1.",
                               prepare=lambda z: normalize(center(z)))
-simclr_standardized = contrastive("simclr_standardized", "Variant B, Eq 14: SimCLR of spread z.", prepare=spread)
+simclr_standardized = contrastive("simclr_standardized", "Variant B (Eq 14), of spread(z).", prepare=spread)
 dcl = contrastive("dcl", "DCL (arXiv 2110.06848): no positive in the log; may be negative.", decoupled=True)
 dcl_sq = contrastive("dcl_sq", "DCL of squared cosines.", similarity=torch.square, decoupled=True)
 dcl_abs = contrastive("dcl_abs", "DCL of absolute cosines.", similarity=torch.abs, decoupled=True)
