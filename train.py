@@ -30,7 +30,7 @@ LOOK_EVERY = 20  # steps between looks at the device's numbers
 
 def say(message):
     if int(os.environ.get("RANK", 0)) == 0:
-        print(message, file=sys.stderr)
+        tqdm.write(message, sys.stderr)  # above the progress bar
 
 def fail(message, status=2):
     say(f"{Path(sys.argv[0]).name}: {message}")
@@ -110,28 +110,29 @@ def generator(device, *key):
     return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
 
 def shapes(n, seed, size=32):
-    """uint8 images (n, 3, size, size), labels (n,): four copies of the class's shape, each of its own ground,
-    colours, texture, place, scale and tilt, so that two crops share the shape alone."""
+    """uint8 images (n, 3, size, size), labels (n,): four copies of the class's shape, each of its own colour,
+    texture, place, scale and tilt, on a ground of its own, light on dark or dark on light."""
     draw, labels = generator("cpu", seed, 0, 9), torch.arange(n) % 8
-    axis = (torch.arange(size) + 0.5) / size * 2 - 1  # a copy's quarter, drawn at twice the resolution
+    axis = (torch.arange(2 * size) + 0.5) / size * 2 - 2  # twice the resolution, a copy in each quarter
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=draw)
-    def texture():  # waves between two colours, (n, 3, size, size)
-        turn, length, amplitude = uniform(0, math.pi), uniform(2, 15), uniform(-0.15, 0.15, 3)
-        return uniform(0, 1, 3) + amplitude * torch.sin(length * (turn.cos() * x + turn.sin() * y))[:, None]
-    def quarter():
-        scale, tilt = uniform(0.55, 0.95), uniform(-0.3, 0.3)
-        u, v = ((axis - uniform(-0.2, 0.2)) / scale for axis in (x, y))
+    def texture(low, high):  # waves about a colour, (n, 3, 2 size, 2 size)
+        turn, length, amplitude = uniform(0, math.pi), uniform(2, 15), uniform(-0.2, 0.2, 3)
+        return uniform(low, high, 3) + amplitude * (length * (turn.cos() * x + turn.sin() * y)).sin()[:, None]
+    images = texture(0, 0.5)
+    for row, column in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
+        scale, tilt = uniform(0.4, 0.95), uniform(-0.5, 0.5)
+        u, v = (x - column - uniform(-0.4, 0.4)) / scale, (y - row - uniform(-0.4, 0.4)) / scale
         u, v = tilt.cos() * u + tilt.sin() * v, tilt.cos() * v - tilt.sin() * u
         radius, square = (u * u + v * v).sqrt(), torch.maximum(u.abs(), v.abs())
         inside = torch.stack((
             radius < 0.9, (radius < 1) & (radius > 0.6), square < 0.8, (square < 0.9) & (square > 0.5),
             (v < 0.7) & (v > 2 * u.abs() - 0.9), (torch.minimum(u.abs(), v.abs()) < 0.25) & (square < 1),
             (v.abs() > 0.3) & (square < 0.9), (u.abs() > 0.3) & (square < 0.9)))
-        return torch.where(inside[labels, torch.arange(n), None], texture(), texture()).clamp(0, 1)
-    images = torch.cat([torch.cat((quarter(), quarter()), 3) for _ in range(2)], 2)
-    return (F.avg_pool2d(images, 2) * 255).round().byte(), labels
+        images = torch.where(inside[labels, torch.arange(n), None], texture(0.5, 1), images)
+    images = torch.where(uniform(0, 1, 1) < 0.5, images, 1 - images)
+    return (F.avg_pool2d(images.clamp(0, 1), 2) * 255).round().byte(), labels
 
 class Files(torchvision.datasets.ImageFolder):
     """By (index, seed): uint8 crops (k, 3, S, S), two random ones or, seed None, the centre; label; path of a
@@ -171,7 +172,8 @@ def load(args):
     """Training and test set, each (uint8 images (N, 3, H, W) or, where they are too much, Files; labels)."""
     root = Path(args.data_dir)
     if args.dataset == "shapes":
-        return shapes(5000, 0), shapes(2000, 1)
+        sets = [[shapes(500, seed) for seed in seeds] for seeds in (range(10), range(10, 14))]
+        return [[torch.cat(column) for column in zip(*parts)] for parts in sets]
     if args.dataset in ("cifar10", "cifar100"):
         kind = getattr(torchvision.datasets, args.dataset.upper())
         try:
@@ -213,7 +215,7 @@ class Data:
         images, labels = self.sets[split]
         if torch.is_tensor(images):
             moved = (index.to(self.device, non_blocking=True) for index, _ in keys)
-            return (([images[index]], labels[index]) for index in moved)
+            return (([images[i]], labels[i]) for i in moved)
         def stream():
             for crops, labels, damaged in torch.utils.data.DataLoader(
                     images, batch_sampler=([(i, seed) for i in index.tolist()] for index, seed in keys),
@@ -569,7 +571,6 @@ def train(args):
         for step, row in enumerate(values.tolist(), done - len(rows)):
             record = dict(zip((*terms, "probe_train"), row))
             if bad := [name for name in terms if not math.isfinite(record[name])]:
-                bar.close()
                 fail(f"{bad[0]} is {record[bad[0]]} at step {step}; {out} keeps what it saved before", 1)
             write(step=step, epoch=step // steps_per_epoch, loss=sum(row[:-1]), **record)
         rate = len(rows) * args.batch_size / (time.perf_counter() - looked)
@@ -587,7 +588,6 @@ def train(args):
             save_all()
             last_save = time.perf_counter()
         if stop:
-            bar.close()
             fail(f"stopped and saved after step {done} of {steps}; the same command goes on", 128 + int(stop))
     bar.close()
     if args.profile:
