@@ -313,6 +313,12 @@ def test_route_taken_is_as_accurate_as_the_direct(name, n, d, near_optimum, monk
     taken, direct = torch.tensor(found).view(9, 2, 2).median(0).values
     assert (taken <= 2 * direct + 4 * torch.finfo(torch.float32).eps).all(), (taken, direct)
 
+def test_matrix_is_the_smallest(monkeypatch):
+    for name in ("vicreg", "barlow-twins", "dimension-contrastive"):
+        assert matrix(name, views(8, 16)) == "N x N" and matrix(name, views(16, 8)) == "D x D"
+    monkeypatch.setattr(duality, "BLOCK", 15 * 16)
+    assert matrix("vicreg-exp", views(8, 16)) == "D x D, blocks" and matrix("vicreg-exp", views(8, 15)) == "D x D"
+
 # --- Every criterion: its formula ---
 @every_shape
 @pytest.mark.parametrize("other", [{}, OTHER])
@@ -463,12 +469,15 @@ def test_not_finite(name, bad):
 @settings(deadline=None, derandomize=True, max_examples=60)
 def test_finite_or_refused(name, n, d, a, b, seed, kind):
     za, zb = map(kind, views(n, d, seed, dtype=torch.float32))
+    za, zb = za * 10.0**a, zb * 10.0**b
     try:
-        results = step(CRITERIA[name], za * 10.0**a, zb * 10.0**b)
+        value, *gradients = step(CRITERIA[name], za, zb)
     except ValueError:
         assert max(a, b) > 8 or d == 1
     else:
-        assert all(x.isfinite().all() for x in results)
+        terms = CRITERIA[name].terms(za.double(), zb.double()).values()
+        assert kind in DEGENERATE.values() or abs(value - sum(terms)) <= 1e-4 * (1 + sum(map(abs, terms)))
+        assert all(g.isfinite().all() for g in gradients)
 
 # --- To watch and to distribute ---
 @pytest.mark.parametrize("spectrum", [[1.0] * 7, [1.0] + [0.0] * 6, [4.0, 2.0, 1.0, 1.0, 0.5, 0.25, 0.0]])

@@ -21,7 +21,7 @@ from duality import CRITERIA, diagnose, gather
 # What a run does where the command line is silent. LARS and SGD scale lr with the batch, given for 256.
 DATASETS = {name: dict(arch=arch, epochs=epochs, image_size=size) for name, arch, epochs, size in (
     ("cifar10", "resnet18", 100, 32), ("cifar100", "resnet18", 100, 32), ("imagenet", "resnet50", 100, 224),
-    ("folder", "resnet18", 100, 224), ("shapes", "small", 15, 32))}
+    ("folder", "resnet18", 100, 224), ("shapes", "small", 12, 32))}
 SMALL = dict(optimizer="adamw", lr=2e-3, weight_decay=1e-2, projector="512-512-512")
 RESNET = dict(optimizer="lars", lr=0.3, weight_decay=1e-4, projector="2048-2048-2048")
 RESNETS = [n for n in torchvision.models.list_models(torchvision.models) if re.match("(wide_)?resne(x)?t", n)]
@@ -75,7 +75,7 @@ def parse_args(argv=None):
     group("model, with a 3x3 stem without max-pool for images up to 64 pixels",
           ("--arch", ["small", *RESNETS], None, "small or torchvision's; default: resnet18, shapes small"),
           ("--projector", str, None, "layer widths; default: 2048-2048-2048, small 512-512-512"))
-    group("optimisation", ("--epochs", number(int, 1), None, "default: 100, shapes 15"),
+    group("optimisation", ("--epochs", number(int, 1), None, "default: 100, shapes 12"),
           ("--batch-size", number(int, 2), 256, "of all processes; default: 256"),
           ("--optimizer", ["lars", "sgd", "adamw"], None, "lars, sgd or adamw; default: lars, small adamw"),
           ("--lr", number(float, 1e-9), None, "for batch 256, scaled unless adamw; default: 0.3, small 2e-3"),
