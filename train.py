@@ -146,8 +146,8 @@ class Files(torchvision.datasets.ImageFolder):
         self.random = Compose([RandomResizedCrop(size, (least_area or 1, 1)), PILToTensor()])
     def __getitem__(self, key):
         (index, seed), image = key, Image.new("RGB", (1, 1))
-        for i in (*range(index, len(self)), *range(index)):
-            path, label = self.samples[i]
+        for tries in range(len(self) + 1):
+            path, label = self.samples[(index + tries) % len(self)]
             try:
                 with Image.open(path) as file:
                     file.draft("RGB", (2 * self.size, 2 * self.size))  # JPEG can be read at 1/2, 1/4 or 1/8
@@ -155,10 +155,10 @@ class Files(torchvision.datasets.ImageFolder):
                 break
             except Exception:  # a damaged file makes PIL raise about anything
                 continue
-        with torch.random.fork_rng([]):
-            torch.manual_seed((seed or 0) * 1_000_003 + index)
-            crops = [self.centre(image)] if seed is None else [self.random(image), self.random(image)]
-        return torch.stack(crops), label, self.samples[index][0] if i != index else ""
+        if seed is not None:
+            torch.default_generator.manual_seed(seed * 1_000_003 + index)  # nothing else draws from this one
+        crops = [self.centre(image)] if seed is None else [self.random(image), self.random(image)]
+        return torch.stack(crops), label, self.samples[index][0] if tries else ""
     def read_all(self, workers):
         """(images (N, 3, S, S), labels (N,)) of all files; those that cannot be read are named together."""
         keys = [(i, None) for i in range(len(self))]
