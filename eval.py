@@ -82,8 +82,10 @@ def evaluate(args):
     began, saved = time.time(), train.load_checkpoint(args.run / "checkpoint.pt")
     if saved is None:
         train.fail(f"{args.run}: no checkpoint.pt there; RUN is a folder that train.py --out wrote")
-    settings = argparse.Namespace(**saved["settings"], device=args.device, workers=args.workers, compile=False)
+    settings = argparse.Namespace(**saved["settings"], device=args.device, workers=args.workers)
+    settings.compile = False
     settings.data_dir = args.data_dir or settings.data_dir
+    settings.precision = "fp32"  # whatever the run's device could do
     device, *_ = train.start(settings)
     data = train.Data(settings, device)
     torch.manual_seed(settings.seed)
@@ -116,7 +118,7 @@ def main():
     for name, value in result.items():
         print(f"{name:26}{value:.4g}" if isinstance(value, float) else f"{name:26}{value}")
     name = "eval-random-init.json" if args.random_init else "eval.json"
-    train.save(args.run / name, lambda file: file.write(json.dumps(result, indent=1).encode() + b"\n"))
+    train.save(args.run / name, json.dumps(result, indent=1).encode() + b"\n")
 
 if __name__ == "__main__":
     main()

@@ -184,7 +184,7 @@ def products(name, za, zb):
     return a @ a.T @ a, b @ b.T @ b
 
 def benchmark(device, sizes, names, budget):
-    print(f"Loss and gradient, float32. torch {torch.__version__}, {device}, {torch.get_num_threads()} threads"
+    print(f"Loss and gradient in fp32; torch {torch.__version__}, {device}, {torch.get_num_threads()} threads"
           "\nduality.py: matrix made, median ms, peak MiB, relative error of value and gradient | published"
           "\ncode: these, and its ms and MiB over duality.py's | bare products: ms, duality.py's over them"
           f"\n\n{'criterion':12} {'N':>4} {'D':>4} {'matrix':13} {'ms':>6} {'MiB':>6} {'errors':15} | {'':8}"

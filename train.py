@@ -1,20 +1,18 @@
-"""Pretrain an encoder with any criterion of duality.py.
+"""Pretrain an encoder with any criterion of duality.py; the same command again goes on where it stopped.
 
     python train.py --dataset shapes                             # no download, two minutes on two CPU cores
     python train.py                                              # CIFAR-10, ResNet-18, VICReg
     python train.py --criterion simclr --set temperature=0.15    # any criterion, any keyword of it
     torchrun --nproc-per-node 8 train.py --dataset imagenet --data-dir imagenet --batch-size 1024
-
-The run's folder gets log.jsonl, encoder.pt, and checkpoint.pt, from which the same command goes on.
 """
-import argparse, atexit, functools, inspect, json, math, os, re, signal, sys, time, zlib
+import argparse, atexit, functools, inspect, io, json, math, os, re, signal, sys, time, zlib
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import distributed as dist, nn
-from torchvision.transforms import CenterCrop, Compose, PILToTensor, RandomResizedCrop, Resize
+from torchvision.transforms import Compose, PILToTensor, RandomResizedCrop
 from tqdm import tqdm
 from duality import CRITERIA, diagnose, gather
 
@@ -26,7 +24,6 @@ SMALL = dict(optimizer="adamw", lr=2e-3, weight_decay=1e-2, projector="512-512-5
 RESNET = dict(optimizer="lars", lr=0.3, weight_decay=1e-4, projector="2048-2048-2048")
 RESNETS = [n for n in torchvision.models.list_models(torchvision.models) if re.match("(wide_)?resne(x)?t", n)]
 RESIDENT_BYTES = 4 * 2**30  # images that take up to this are held on the device, more are streamed
-LOOK_EVERY = 20  # steps between looks at the device's numbers
 
 def say(message):
     if int(os.environ.get("RANK", 0)) == 0:
@@ -46,13 +43,15 @@ def number(kind, least, greatest=10**9):
 
 def keywords(flag, pairs, function):
     """NAME=VALUE texts as keywords of `function`, refused where it has none of that name and type."""
-    known, found = {k: p.default for k, p in inspect.signature(function).parameters.items()}, {}
+    parameters, found = inspect.signature(function).parameters.items(), {}
+    known = {k: p.default for k, p in parameters if p.default is not p.empty}
     for name, _, value in (pair.partition("=") for pair in pairs):
         try:
             found[name] = type(known[name])(value)
-        except (KeyError, TypeError, ValueError):
-            known = [f"{k}={v}" for k, v in known.items() if v is not inspect.Parameter.empty]
-            fail(f"{flag} {name}={value}: there is {', '.join(known)}")
+            if isinstance(found[name], float) and not math.isfinite(found[name]):
+                raise ValueError
+        except (KeyError, ValueError):
+            fail(f"{flag} {name}={value}: there is {', '.join(f'{k}={v}' for k, v in known.items())}")
     return found
 
 def parse_args(argv=None):
@@ -94,14 +93,14 @@ def parse_args(argv=None):
     defaults = dict(**DATASETS[args.dataset], **(SMALL if arch == "small" else RESNET), data_dir="data",
                     out=f"runs/{args.dataset}-{args.criterion}")
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
-    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", args.projector):
+    if not re.fullmatch(r"[1-9]\d{0,4}(-[1-9]\d{0,4})*", args.projector):
         fail(f"--projector {args.projector}: no list of layer widths such as 2048-2048-512")
     criterion = CRITERIA[args.criterion]
     args.set, args.views = keywords("--set", args.set, criterion), keywords("--views", args.views, Views)
     try:  # values out of range are found here, not after the data are read
         Views(8, **args.views), criterion(*torch.randn(2, 4, int(args.projector.split("-")[-1])), **args.set)
-    except ValueError as error:
-        fail(error)
+    except (ArithmeticError, ValueError) as error:
+        fail(f"--set or --views: {error}")
     return args
 
 # --- Data: uint8 on the device where it fits, read by worker processes where it does not -------------------
@@ -110,8 +109,7 @@ def generator(device, *key):
     return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
 
 def shapes(n, seed, size=32):
-    """uint8 images (n, 3, size, size), labels (n,): four copies of the class's shape, each of its own colour,
-    texture, place, scale and tilt, on a ground of its own, light on dark or dark on light."""
+    """uint8 images (n, 3, size, size), labels (n,): four copies of a shape, all else of them random."""
     draw, labels = generator("cpu", seed, 0, 9), torch.arange(n) % 8
     axis = (torch.arange(2 * size) + 0.5) / size * 2 - 2  # twice the resolution, a copy in each quarter
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -142,7 +140,8 @@ class Files(torchvision.datasets.ImageFolder):
             super().__init__(folder)
         except FileNotFoundError as error:  # no such folder, no class in it, or a class without images
             fail(f"{folder}: {str(error).splitlines()[0]}; --data-dir DIR has DIR/train/CLASS/IMAGE")
-        self.size, self.centre = size, Compose([Resize(size), CenterCrop(size), PILToTensor()])
+        fit = functools.partial(ImageOps.fit, size=(size, size), method=Image.Resampling.BILINEAR)
+        self.size, self.centre = size, Compose([fit, PILToTensor()])
         self.random = Compose([RandomResizedCrop(size, (least_area or 1, 1)), PILToTensor()])
     def __getitem__(self, key):
         (index, seed), image = key, Image.new("RGB", (1, 1))
@@ -190,6 +189,10 @@ def load(args):
         return [files.read_all(args.workers) for files in sets]
     return [(files, torch.tensor(files.targets)) for files in sets]
 
+def ignore_signals(worker):
+    for number in (signal.SIGINT, signal.SIGTERM):  # a run ends its workers itself, after its last step
+        signal.signal(number, signal.SIG_IGN)
+
 class Data:
     """Training and test images, in batches of views or as they are. What is random depends on (seed, step)
     and is drawn for the whole batch: any number of processes, and a resumed run, see the same views."""
@@ -213,16 +216,16 @@ class Data:
     def fetch(self, split, keys):
         """Iterates (crops, labels) for each (indices, seed) of keys; held images are one crop, the whole."""
         images, labels = self.sets[split]
+        move = functools.partial(torch.Tensor.to, device=self.device, non_blocking=True)
         if torch.is_tensor(images):
-            moved = (index.to(self.device, non_blocking=True) for index, _ in keys)
-            return (([images[i]], labels[i]) for i in moved)
+            return (([images[i]], labels[i]) for i in (move(index) for index, _ in keys))
         def stream():
             for crops, labels, damaged in torch.utils.data.DataLoader(
                     images, batch_sampler=([(i, seed) for i in index.tolist()] for index, seed in keys),
-                    num_workers=self.args.workers, pin_memory=self.device.type == "cuda"):
+                    num_workers=self.args.workers, worker_init_fn=ignore_signals,
+                    pin_memory=self.device.type == "cuda"):
                 self.damaged.update(filter(None, damaged))
-                crops, labels = (t.to(self.device, non_blocking=True) for t in (crops, labels))
-                yield crops.unbind(1), labels
+                yield move(crops).unbind(1), move(labels)
         return stream()
     def batches(self, first, steps, steps_per_epoch):
         """Yields (view a, view b, labels) of this process's share of each step from `first` on."""
@@ -318,15 +321,11 @@ class Views(nn.Module):
         """The views of uint8 images with the parameters p, each operation as torchvision defines it."""
         (n, _, height, width), size = images.shape, self.size
         f = {name: value[:, None] for name, value in p.items()}
-        if self.crop or (height, width) != (size, size):
-            rows = resampling(p["top"], p["height"], torch.zeros_like(p["flip"]), height, size) / 255
-            columns = resampling(p["left"], p["width"], p["flip"], width, size)
-            x = images.transpose(1, 2).float(memory_format=torch.contiguous_format).view(n, height, -1)
-            x = (rows @ x).view(n, -1, width) @ columns.mT  # (B, S, 3 W) -> (B, S 3, S)
-            x = x.view(n, size, 3, size).permute(2, 0, 1, 3).reshape(3, n, -1)  # planes, (3, B, S S)
-        else:
-            x = images.transpose(0, 1) / 255
-            x = (torch.where(p["flip"][:, None, None], x.flip(3), x) if self.flip else x).flatten(2)
+        rows = resampling(p["top"], p["height"], torch.zeros_like(p["flip"]), height, size) / 255
+        columns = resampling(p["left"], p["width"], p["flip"], width, size)
+        x = images.transpose(1, 2).float(memory_format=torch.contiguous_format).view(n, height, -1)
+        x = (rows @ x).view(n, -1, width) @ columns.mT  # (B, S, 3 W) -> (B, S 3, S)
+        x = x.view(n, size, 3, size).permute(2, 0, 1, 3).reshape(3, n, -1)  # planes, (3, B, S S)
         if self.jitter:
             x = (x * f["brightness"]).clamp_(0, 1)
             x = blend(x, luma(x).mean(2, keepdim=True), f["contrast"])
@@ -409,20 +408,24 @@ def schedule(step, steps, warmup):
     rise = round(warmup * steps)
     return (step + 1) / rise if step < rise else (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
 
+def distribute(model, device):
+    """The model for several processes: gradients averaged, on GPUs batch norm over all their samples."""
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
+    return nn.parallel.DistributedDataParallel(net)
+
 def forward_backward(net, criterion, keywords, views, labels, autocast, scaler, clock=lambda part: None):
-    """Makes the gradients of the criterion of all processes' samples and of the probe; returns the terms, the
-    first view's embeddings, all processes', and the probe's accuracy on this one's samples."""
+    """Makes a step's gradients; returns terms, all processes' embeddings of view a, the probe's accuracy."""
     with autocast():
         embeddings, logits = net(torch.cat(views))
     labels = labels.repeat(len(views))
-    probe_loss = F.cross_entropy(logits.float(), labels)
     clock("encoder")
     leaf = embeddings.detach().requires_grad_()  # so that the criterion can be timed by itself
     gathered = [gather(z) for z in leaf.chunk(len(views))]
     terms = criterion.terms(*gathered, **keywords)
     scaler.scale(sum(terms.values())).backward()
     clock("criterion")
-    torch.autograd.backward((embeddings, scaler.scale(probe_loss)), (leaf.grad, None))
+    probe_loss = scaler.scale(F.cross_entropy(logits.float(), labels))
+    torch.autograd.backward((embeddings, probe_loss), (leaf.grad, None))
     clock("encoder")
     return terms, gathered[0], (logits.argmax(1) == labels).float().mean()
 
@@ -433,8 +436,6 @@ def start(args):
     kind = there[0] if args.device == "auto" else args.device
     if kind not in there:
         fail(f"--device {kind}: not available here, only {', '.join(there)}")
-    if kind == "cpu" and args.precision == "fp16":
-        fail("--precision fp16: a CPU gains nothing by it, use bf16 or fp32")
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if args.batch_size % world or args.batch_size < 2 * world:
         fail(f"--batch-size {args.batch_size} does not divide into {world} parts of at least 2")
@@ -448,21 +449,22 @@ def start(args):
     best = "bf16" if fast.get(kind, bool)() else "fp16" if kind == "cuda" else "fp32"
     return device, rank, world, best if args.precision == "auto" else args.precision
 
-def save(path, write):
-    """Writes a file by write(file), whole or not at all."""
-    part = path.with_name(path.name + ".part")
+def save(path, content):
+    """Writes a file, by torch.save or bytes as they are, whole or not at all."""
+    part, buffer = path.with_name(path.name + ".part"), io.BytesIO()
+    buffer.write(content) if isinstance(content, bytes) else torch.save(content, buffer)
     try:
         with open(part, "wb") as file:
-            write(file)
-            file.flush()
+            file.write(buffer.getvalue())
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        fail(f"{path} cannot be written ({error}); what was there before is intact")
+    finally:
+        part.unlink(missing_ok=True)
 
 def load_checkpoint(path):
     try:
-        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        return saved and {k: saved[k] for k in ("settings", "step", "log_bytes", "state")}
     except Exception as error:
         fail(f"{path} is damaged ({type(error).__name__}): move it away or name another --out")
 
@@ -500,27 +502,23 @@ def train(args):
             fail(f"{out} holds a run with other settings ({'; '.join(other)}): name another --out")
         for part, state in zip(parts, saved["state"]):
             part.load_state_dict(state)
-        torch.set_rng_state(saved["rng"])
         if (done := saved["step"]) >= steps:
             return say(f"{out} is complete after {done // steps_per_epoch} epochs; more --epochs go on")
     writes = rank == 0 and not args.profile
-    try:
-        if writes:
-            out.mkdir(parents=True, exist_ok=True)
-        log = open(out / "log.jsonl" if writes else os.devnull, "ab")
-    except OSError as error:
-        fail(f"--out {out} cannot be written ({error})")
+    log = open(os.devnull, "wb")
     if writes:
-        log.truncate(saved["log_bytes"] if saved else 0)
+        out.mkdir(parents=True, exist_ok=True)
+        log = open(out / "log.jsonl", "ab", buffering=0)
+        log.truncate(min(saved["log_bytes"], log.tell()) if saved else 0)
     def write(**record):
         log.write(json.dumps(record).encode() + b"\n")
     def save_all():
-        log.flush()
+        if not all(weight.isfinite().all() for weight in model.parameters()):
+            fail(f"the weights are not finite after step {done - 1}; {out} keeps what it saved before", 1)
         os.fsync(log.fileno())
-        save(out / "encoder.pt", functools.partial(torch.save, model.encoder.state_dict()))
-        save(out / "checkpoint.pt", functools.partial(torch.save, dict(
-            settings=settings, step=done, log_bytes=log.tell(), rng=torch.get_rng_state(),
-            state=[part.state_dict() for part in parts])))
+        save(out / "encoder.pt", model.encoder.state_dict())
+        save(out / "checkpoint.pt", dict(settings=settings, step=done, log_bytes=log.tell(),
+                                         state=[part.state_dict() for part in parts]))
     def clock(part):  # only with --profile, as it waits for the device
         nonlocal last
         if args.profile:
@@ -528,10 +526,7 @@ def train(args):
                 getattr(torch, device.type).synchronize()
             before, last = last, time.perf_counter()
             seconds[part] = seconds.get(part, 0) + last - before
-    net = model
-    if world > 1:
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if device.type == "cuda" else net
-        net = nn.parallel.DistributedDataParallel(net)
+    net = distribute(model, device) if world > 1 else model
     net = torch.compile(net) if args.compile else net
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -555,14 +550,14 @@ def train(args):
         clock("optimiser")
         done += 1
         if args.profile:
-            if done == 5:
+            if done == 5 < steps:
                 seconds.clear()  # the first steps are no measure
             continue
         rows.append(torch.stack([t.detach().float() for t in (*terms.values(), right)]))
         epoch_ends = done % steps_per_epoch == 0
-        if done % LOOK_EVERY and not epoch_ends and not (signals and world == 1):
+        if done % 20 and not epoch_ends and not (signals and world == 1):
             continue
-        # Only from here on, once in LOOK_EVERY steps, does the host wait for the device.
+        # Only from here on, every 20 steps, does the host wait for the device.
         values, stop = torch.stack(rows), torch.tensor(max(signals, default=0), device=device)
         if world > 1:
             dist.all_reduce(right := values[:, -1] / world)
@@ -574,7 +569,7 @@ def train(args):
                 fail(f"{bad[0]} is {record[bad[0]]} at step {step}; {out} keeps what it saved before", 1)
             write(step=step, epoch=step // steps_per_epoch, loss=sum(row[:-1]), **record)
         rate = len(rows) * args.batch_size / (time.perf_counter() - looked)
-        seen = diagnose(embeddings) if epoch_ends or done % (5 * LOOK_EVERY) == 0 else {}
+        seen = diagnose(embeddings) if epoch_ends or done % 100 == 0 else {}
         write(step=step, samples_per_s=rate, lr=group["lr"], damaged=len(data.damaged),
               **{name: value.item() for name, value in seen.items()})
         if epoch_ends:
@@ -591,10 +586,15 @@ def train(args):
             fail(f"stopped and saved after step {done} of {steps}; the same command goes on", 128 + int(stop))
     bar.close()
     if args.profile:
-        total = sum(seconds.values())
-        shares = ", ".join(f"{part} {100 * s / total:.1f} %" for part, s in seconds.items())
-        return say(f"{args.batch_size * (done - 5) / total:.0f} samples/s, two views each: {shares}")
+        total = sum(seconds.values()) / (done - 5 * (done > 5))
+        shares = ", ".join(f"{part} {100 * s / sum(seconds.values()):.1f} %" for part, s in seconds.items())
+        return say(f"{args.batch_size / total:.0f} samples/s, two views each: {shares}")
     say(f"{out}: online probe {top1:.2f} % on the test images; next: python eval.py {out}")
 
+def main(argv=None):
+    try:
+        train(parse_args(argv))
+    except OSError as error:
+        fail(f"cannot go on, what was saved is intact: {error}")
 if __name__ == "__main__":
-    train(parse_args())
+    main()
