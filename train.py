@@ -408,9 +408,10 @@ def schedule(step, steps, warmup):
     rise = round(warmup * steps)
     return (step + 1) / rise if step < rise else (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
 
-def distribute(model, device):
-    """The model for several processes: gradients averaged, on GPUs batch norm over all their samples."""
-    net = nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
+def distribute(net, device):
+    if not dist.is_initialized():
+        return net
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if device.type == "cuda" else net
     return nn.parallel.DistributedDataParallel(net)
 
 def forward_backward(net, criterion, keywords, views, labels, autocast, scaler, clock=lambda part: None):
@@ -456,6 +457,7 @@ def save(path, content):
     try:
         with open(part, "wb") as file:
             file.write(buffer.getvalue())
+            file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:
@@ -526,16 +528,15 @@ def train(args):
                 getattr(torch, device.type).synchronize()
             before, last = last, time.perf_counter()
             seconds[part] = seconds.get(part, 0) + last - before
-    net = distribute(model, device) if world > 1 else model
+    net = distribute(model, device)
     net = torch.compile(net) if args.compile else net
-    signals = []
+    rows, top1, seconds, signals = [], math.nan, {}, []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
     stem = ", 3x3 stem without max-pool" * (args.arch != "small" and args.image_size <= 64)
     say(f"{args.criterion}, {data.size['train']} images of {data.classes} classes, {args.arch}{stem}, "
         f"projector {args.projector}, {args.optimizer}, {world} x {device.type} {precision}, {out}")
     bar = tqdm(total=steps, initial=done, unit="step", disable=rank > 0 or args.profile, mininterval=0.5)
-    rows, top1, seconds = [], math.nan, {}
     last = looked = last_save = time.perf_counter()
     for *views, labels in data.batches(done, steps, steps_per_epoch):
         clock("views")
@@ -569,9 +570,8 @@ def train(args):
                 fail(f"{bad[0]} is {record[bad[0]]} at step {step}; {out} keeps what it saved before", 1)
             write(step=step, epoch=step // steps_per_epoch, loss=sum(row[:-1]), **record)
         rate = len(rows) * args.batch_size / (time.perf_counter() - looked)
-        seen = diagnose(embeddings) if epoch_ends or done % 100 == 0 else {}
-        write(step=step, samples_per_s=rate, lr=group["lr"], damaged=len(data.damaged),
-              **{name: value.item() for name, value in seen.items()})
+        seen = {k: v.item() for k, v in diagnose(embeddings).items()} if epoch_ends or done % 100 == 0 else {}
+        write(step=step, samples_per_s=rate, lr=group["lr"], damaged=len(data.damaged), **seen)
         if epoch_ends:
             top1 = probe_accuracy(model, data, autocast)
             write(epoch=step // steps_per_epoch, probe_test=top1)
