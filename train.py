@@ -466,7 +466,7 @@ def save(path, content):
 def load_checkpoint(path):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-        return saved and {k: saved[k] for k in ("settings", "step", "log_bytes", "state")}
+        return saved if saved is None else {k: saved[k] for k in ("settings", "step", "log_bytes", "state")}
     except Exception as error:
         fail(f"{path} is damaged ({type(error).__name__}): move it away or name another --out")
 
@@ -595,6 +595,6 @@ def main(argv=None):
     try:
         train(parse_args(argv))
     except OSError as error:
-        fail(f"cannot go on, what was saved is intact: {error}")
+        fail(f"a file cannot be written or read; what was saved is intact: {error}")
 if __name__ == "__main__":
     main()
