@@ -936,7 +936,7 @@ BAD_FLAGS = """--foo 1; --criterion foo; --dataset foo; --arch foo; --optimizer 
 --set foo=1; --set za=1; --set temperature=1; --set covariance=x; --set covariance; --set covariance=nan
 --set covariance=inf; --set covariance=1e400; --criterion tcr --set eps=0; --criterion dcl --set negatives=foo
 --criterion simclr --set temperature=-1; --criterion simclr --set temperature=0; --criterion chain --set t=nan
---criterion simclr --set temperature=inf; --criterion chain --set t=7; --data-dir .; --precision fp16; --epochs 0
+--criterion simclr --set temperature=inf; --criterion chain --set t=7; --data-dir .; --epochs 0
 --views foo=1; --views image_size=9; --views grey=7; --views crop=-1; --views hue=nan; --views hue=x; --epochs -3
 --batch-size 1; --batch-size 0; --batch-size x; --batch-size 2.5; --lr 0; --lr -1; --lr x; --lr nan; --lr inf
 --weight-decay -1; --weight-decay nan; --warmup 2; --warmup -1; --save-every -1; --save-every nan; --workers -1
