@@ -155,7 +155,7 @@ class Files(torchvision.datasets.ImageFolder):
             except Exception:  # a damaged file makes PIL raise about anything
                 continue
         if seed is not None:
-            torch.default_generator.manual_seed(seed * 1_000_003 + index)  # nothing else draws from this one
+            torch.default_generator.manual_seed((seed * 1_000_003 + index) % 2**63)  # nothing else uses it
         crops = [self.centre(image)] if seed is None else [self.random(image), self.random(image)]
         return torch.stack(crops), label, self.samples[index][0] if tries else ""
     def read_all(self, workers):
