@@ -35,13 +35,13 @@ def full_precision(function):
 def criterion(terms):
     """Registers f(za, zb, ...) -> dict of weighted terms, as the criterion that is their sum.
 
-    ValueError for views that differ in shape, are not 2-D or have N < 2. On a CPU, where looking waits for
-    nothing, also for a loss that is not finite and for magnitudes above 1e15, whose squares overflow.
+    ValueError for views that differ in shape, are not 2-D, have N < 2 or D < 1. On a CPU, where looking waits
+    for nothing, also for a loss that is not finite and for magnitudes above 1e15, whose squares overflow.
     """
     @functools.wraps(terms)
     def checked(za, zb, *args, **kwargs):
-        if za.shape != zb.shape or za.ndim != 2 or len(za) < 2:
-            raise ValueError(f"expected two views (N, D), N > 1, got {tuple(za.shape)} and {tuple(zb.shape)}")
+        if za.shape != zb.shape or za.ndim != 2 or len(za) < 2 or not za.numel():
+            raise ValueError(f"expected views (N, D), N > 1, D > 0, got {tuple(za.shape)}, {tuple(zb.shape)}")
         return full_precision(terms)(za, zb, *args, **kwargs)
     @functools.wraps(terms)
     def loss(za, zb, *args, **kwargs):
@@ -56,21 +56,25 @@ def criterion(terms):
     return loss
 
 # --- Section 3: two criteria and a theorem ----------------------------------------------------------------
-class _Gram(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, a):
-        ctx.save_for_backward(a)
-        return a @ a.T
-    @staticmethod
-    def backward(ctx, grad):
-        return (grad + grad.T) @ ctx.saved_tensors[0]  # one product; autograd's own would be two
+def with_gradient(value, gradient):
+    """f(a) = value(a), with gradient(a, g) for the incoming g, leaner than the one autograd would find."""
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a):
+            ctx.save_for_backward(a)
+            return value(a)
+        @staticmethod
+        def backward(ctx, g):
+            return gradient(*ctx.saved_tensors, g)
+    return Function.apply
 
-gram = _Gram.apply  # (n, m) -> (n, n)
-
+# A A^T, (n, m) -> (n, n), one product for two; the rows' ||a_i||^2, (n, m) -> (n,), one temporary for three
+gram = with_gradient(lambda a: a @ a.T, lambda a, g: (g + g.T) @ a)
+squared_norms = with_gradient(lambda a: (a * a).sum(1), lambda a, g: a * (2 * g)[:, None])
 
 # sum_{i != j} (a_i . b_j)^2 over the rows of A and B, (n, m), by two routes; with A = B they are theorem 3.3.
 def direct_route(a, b, diagonal):  # ||A B^T - diag||_F^2
-    return (gram(a) if a is b else a @ b.T).fill_diagonal_(0).square().sum()
+    return (gram(a) if a is b else a @ b.T).fill_diagonal_(0).norm().square()
 
 def dual_route(a, b, diagonal):  # <A^T A, B^T B>_F - ||diag(A B^T)||^2
     g = gram(a.T)
@@ -78,8 +82,8 @@ def dual_route(a, b, diagonal):  # <A^T A, B^T B>_F - ||diag(A B^T)||^2
 
 def off_diagonal(a, b, diagonal):
     """sum_{i != j} (a_i . b_j)^2 of rows, (n, m), the a_i . b_i given, at the cost min(n, m)^2 max(n, m)."""
-    # The dual route's difference loses no accuracy: A B^T has rank m or less, ||A B^T||^2 >= tr(A B^T)^2 / m;
-    # near the optimum, where the n diagonal entries are alike, that is n / m >= 2 times the subtrahend.
+    # The dual route's difference cancels only where few diagonal entries outweigh the rest. A B^T has rank m
+    # or less, so ||A B^T||^2 >= tr(A B^T)^2 / m: for like entries (optimal) n / m >= 2 times the subtrahend.
     return (direct_route if len(a) < 2 * a.shape[1] else dual_route)(a, b, diagonal)
 
 @full_precision
@@ -112,20 +116,17 @@ def center(z):
     """Dimensions of mean 0 over the batch, (N, D) -> (N, D)."""
     return z + -z.mean(0)  # the backward pass of z - z.mean(0) would negate all of the gradient
 
-def squared_norms(a):
-    return a.square().sum(1)
-
-def standardize(z, eps=1e-5):
-    """Centred dimensions of norm sqrt(N), that is of (biased) variance 1."""
-    k = center(z)
-    return k * (k.square().mean(0) + eps).rsqrt()
-
-def spread(z):  # centred dimensions of norm sqrt(N / D): embeddings of norm 1 on average
-    return standardize(z) / math.sqrt(z.shape[1])
-
 def normalize(z):
     """Embeddings of norm 1; zero stays zero."""
     return F.normalize(z, dim=1)
+
+def standardize(z, eps=1e-5):
+    """Centred dimensions of norm sqrt(N), that is of (biased) variance 1, eps added."""
+    return F.batch_norm(z, None, None, training=True, eps=eps)
+
+def spread(z):
+    """Centred dimensions of norm sqrt(N / D) whatever their scale: embeddings of norm 1 on average."""
+    return standardize(z, eps=1e-30) / math.sqrt(z.shape[1])
 
 def hinge(variances, eps=1e-4):
     # v(K) = 1/d sum_j max(0, 1 - sqrt(Var_j + eps))
@@ -171,7 +172,8 @@ def coding_rate(z, eps):
 # --- Section 4: the chain. Each arrow is one change -------------------------------------------------------
 def _vicreg(za, zb, repulsion, invariance, variance, covariance, transpose=False):
     # lambda / (N d) sum_i ||K_i - K'_i||^2 + mu / 2 (v(K) + v(K')) + nu (c(K) + c(K'))
-    ks = [center(z) if transpose else center(z).T for z in (za, zb)]  # the paper's K, (D, N); its transpose
+    # The gradient of a function of C(K) has mean 0 over the samples: it need not pass through their mean.
+    ks = [center(z) if transpose else (z - z.mean(0).detach()).T for z in (za, zb)]
     variances = [squared_norms(k) / (k.shape[1] - 1) for k in ks]
     return dict(invariance=invariance * F.mse_loss(za, zb),
                 variance=variance / 2 * sum(map(hinge, variances)),
@@ -267,10 +269,10 @@ def dimension_contrastive(za, zb, invariance=1.0, repulsion=1.0):
 def barlow_twins(za, zb, redundancy=0.0051):
     """Barlow Twins (arXiv 2103.03230) as in its code: sums, biased variance + 1e-5."""
     # sum_j (1 - C_jj)^2 + lambda sum_{i != j} C_ij^2,  C = K K'^T / N of standardised dimensions
-    ka, kb = (standardize(z).T / math.sqrt(len(z)) for z in (za, zb))
+    n, (ka, kb) = len(za), (standardize(z).T for z in (za, zb))
     diagonal = (ka * kb).sum(1)
-    return dict(invariance=(1 - diagonal).square().sum(),
-                redundancy=redundancy * off_diagonal(ka, kb, diagonal))
+    return dict(invariance=(1 - diagonal / n).square().sum(),
+                redundancy=redundancy / n**2 * off_diagonal(ka, kb, diagonal))
 
 @criterion
 def tcr(za, zb, invariance=1.0, eps=0.5):
@@ -297,22 +299,20 @@ def diagnose(z):
                 theorem_left=L_nc(z) + norms4(z.T), theorem_right=L_c(z) + norms4(z),
                 negative_mean=mean, negative_variance=cosines.square().sum() / pairs - mean**2)
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z):
-        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, z.contiguous())
-        return torch.cat(parts)
-    @staticmethod
-    def backward(ctx, grad):  # of the whole batch's loss, which each process has; DDP's mean takes the W away
-        return grad.chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()
+def _all_rows(z):
+    parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, z.contiguous())
+    return torch.cat(parts)
+def _own_rows(z, g):  # g is of the whole batch's loss, which each process has; DDP's mean takes the W away
+    return g.chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()
+_gather = with_gradient(_all_rows, _own_rows)
 
 def gather(z):
     """All processes' rows in order of rank, (N / W, D) -> (N, D); z itself without a process group.
 
     As each process computes the whole batch's loss, DDP's averaging gives the gradient of one process.
     """
-    return _Gather.apply(z) if dist.is_available() and dist.is_initialized() else z
+    return _gather(z) if dist.is_available() and dist.is_initialized() else z
 
 if __name__ == "__main__":
     torch.manual_seed(0)
