@@ -126,7 +126,7 @@ def standardize(z, eps=1e-5):
 
 def spread(z):
     """Centred dimensions of norm sqrt(N / D) whatever their scale: embeddings of norm 1 on average."""
-    return standardize(z, eps=1e-30) / math.sqrt(z.shape[1])
+    return standardize(center(z), eps=1e-30) / math.sqrt(z.shape[1])
 
 def hinge(variances, eps=1e-4):
     # v(K) = 1/d sum_j max(0, 1 - sqrt(Var_j + eps))

@@ -1,7 +1,8 @@
-"""Evaluate a run of train.py on frozen features.
+"""Evaluate runs of train.py on frozen features.
 
     python eval.py runs/cifar10-vicreg                  # table, and runs/cifar10-vicreg/eval.json
     python eval.py runs/cifar10-vicreg --random-init    # the untrained encoder, eval-random-init.json
+    python eval.py runs/* --plot runs.png               # the online probe's accuracy against epochs
 
 Linear probe (last epoch), weighted kNN, RankMe, proposition 3.1's statistics and lemma 3.4's bounds.
 """
@@ -17,7 +18,7 @@ from duality import diagnose, lemma_3_4, normalize, norms4
 def parse_args(argv=None):
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.error = lambda message: train.fail(f"{message} (-h lists the options)")
-    cli.add_argument("run", type=Path, metavar="RUN", help="the folder that train.py --out wrote")
+    cli.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a folder that train.py --out wrote")
     cli.add_argument("--random-init", action="store_true", help="evaluate the encoder before training")
     cli.add_argument("--data-dir", metavar="DIR", help="default: the run's")
     cli.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
@@ -26,6 +27,7 @@ def parse_args(argv=None):
                      help="of the linear probe; default: 100")
     cli.add_argument("--k", type=train.number(int, 1), default=10, metavar="N",
                      help="neighbours that vote; default: 10")
+    cli.add_argument("--plot", type=Path, metavar="FILE", help="only draw the accuracies; needs matplotlib")
     return cli.parse_args(argv)
 
 @torch.no_grad()
@@ -77,11 +79,13 @@ def knn(train_x, train_y, test_x, test_y, classes, k=10, temperature=0.07):
         right += (votes.argmax(1) == y).sum().item()
     return 100 * right / len(test_x)
 
-def evaluate(args):
+def load(run):
+    saved = train.load_checkpoint(run / "checkpoint.pt")
+    return saved or train.fail(f"{run}: no checkpoint.pt there; RUN is a folder that train.py --out wrote")
+
+def evaluate(run, args):
     """The table, as a dict; asserts that the network, batch norms included, is bit-identical afterwards."""
-    began, saved = time.time(), train.load_checkpoint(args.run / "checkpoint.pt")
-    if saved is None:
-        train.fail(f"{args.run}: no checkpoint.pt there; RUN is a folder that train.py --out wrote")
+    began, saved = time.time(), load(run)
     settings = argparse.Namespace(**saved["settings"], device=args.device, workers=args.workers)
     settings.compile = False
     settings.data_dir = args.data_dir or settings.data_dir
@@ -112,13 +116,45 @@ def evaluate(args):
         criterion=settings.criterion, steps=0 if args.random_init else saved["step"], k=args.k,
         seconds=time.time() - began)
 
+def plot(runs, path):
+    """Draws the online probe's test accuracy against epochs, mean and range of each criterion's runs."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        train.fail("--plot needs matplotlib: pip install matplotlib")
+    curves = {}
+    for run in runs:
+        settings, log = load(run)["settings"], map(json.loads, (run / "log.jsonl").read_text().splitlines())
+        label = " ".join((settings["criterion"], *(f"{k}={v}" for k, v in settings["set"].items())))
+        accuracies = torch.tensor([record["probe_test"] for record in log if "probe_test" in record])
+        curves.setdefault(label, []).append(accuracies)
+    figure = Figure((6, 4), layout="constrained")
+    axes = figure.subplots()
+    for label, seeds in curves.items():
+        values = torch.stack([curve[:min(map(len, seeds))] for curve in seeds])
+        epochs = range(1, values.shape[1] + 1)
+        axes.plot(epochs, values.mean(0), ".-", label=label + f", mean of {len(seeds)}" * (len(seeds) > 1))
+        axes.fill_between(epochs, values.amin(0), values.amax(0), alpha=0.2)
+    axes.set(xlabel="epoch", ylabel="online linear probe, test top-1 (%)")
+    axes.legend()
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:
+        train.fail(f"--plot {path}: {error}")
+
 def main():
     args = parse_args()
-    result = evaluate(args)
-    for name, value in result.items():
-        print(f"{name:26}{value:.4g}" if isinstance(value, float) else f"{name:26}{value}")
-    name = "eval-random-init.json" if args.random_init else "eval.json"
-    train.save(args.run / name, json.dumps(result, indent=1).encode() + b"\n")
+    try:
+        if args.plot:
+            return plot(args.runs, args.plot)
+        for run in args.runs:
+            result = evaluate(run, args)
+            for name, value in result.items():
+                print(f"{name:26}{value:.4g}" if isinstance(value, float) else f"{name:26}{value}")
+            name = "eval-random-init.json" if args.random_init else "eval.json"
+            train.save(run / name, json.dumps(result, indent=1).encode() + b"\n")
+    except OSError as error:
+        train.fail(f"a file cannot be written or read: {error}")
 
 if __name__ == "__main__":
     main()

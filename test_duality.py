@@ -232,6 +232,7 @@ if __name__ == "__main__" and "--worker" not in sys.argv:
 # --- The tests ----------------------------------------------------------------------------------------------
 import contextlib, multiprocessing, random, shlex, shutil, signal, subprocess, threading, urllib.error
 from pathlib import Path
+import matplotlib.axes
 import numpy as np
 import pytest  # here, as the benchmark does without
 import torchvision
@@ -239,6 +240,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from hypothesis import given, settings, strategies as st
 import train
+import eval as evaluation
 from eval import knn, linear_probe
 
 HERE = Path(__file__).parent
@@ -739,14 +741,15 @@ def assert_same_run(found, expected, tolerance=0.0):
 
 @pytest.fixture
 def refused(capsys, monkeypatch):
-    """Checks that train.py ends with status 2 and one line, which has the words and is returned."""
-    monkeypatch.setattr(sys, "argv", ["train.py"])
+    """Checks that train.py or eval.py ends with status 2 and one line, which has the words and is returned."""
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     def check(line, *words):
+        program, *arguments = shlex.split(line)
+        monkeypatch.setattr(sys, "argv", [program, *arguments])
         with pytest.raises(SystemExit) as end:
-            train.main(shlex.split(line)[1:])
+            (train.main if program == "train.py" else evaluation.main)()
         said = capsys.readouterr().err
-        assert end.value.code == 2 and re.fullmatch(r"train.py: .*\n", said), said
+        assert end.value.code == 2 and re.fullmatch(rf"{program}: .*\n", said), said
         assert all(word in said for word in words), said
         return said
     return check
@@ -1026,6 +1029,27 @@ def test_train_and_evaluate_shapes_from_the_command_line(tmp_path):
     result = subprocess.run([sys.executable, *shlex.split(line)], capture_output=True, text=True)
     assert result.returncode == 0 and f"eval.py {tmp_path}/a run" in result.stdout + result.stderr, result.stderr
     assert_evaluates(tmp_path / "a run")
+
+def test_plot(tmp_path, monkeypatch, refused):
+    for seed, accuracies in enumerate(([10.0, 30.0, 50.0], [20.0, 50.0])):
+        (run := tmp_path / f"{seed}").mkdir()
+        settings = vars(train.parse_args(f"--dataset shapes --seed {seed} --set invariance=9".split()))
+        torch.save(dict(settings=settings, step=1, log_bytes=0, state=[]), run / "checkpoint.pt")
+        lines = [dict(step=0, loss=1.0), *(dict(epoch=i, probe_test=x) for i, x in enumerate(accuracies))]
+        (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn, draw = [], matplotlib.axes.Axes.plot
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", lambda *a, **k: drawn.append((a, k)) or draw(*a, **k))
+    evaluation.plot([tmp_path / "0", tmp_path / "1"], tmp_path / "picture.png")
+    (_, epochs, means, *_), words = drawn[0]
+    assert len(drawn) == 1 and list(epochs) == [1, 2] and means.tolist() == [15, 40]
+    assert words["label"] == "vicreg invariance=9.0, mean of 2"
+    assert Image.open(tmp_path / "picture.png").size == (900, 600)
+    run = shlex.quote(str(tmp_path / "0"))
+    refused(f"eval.py {run} --plot {run}/picture.what", "--plot", "picture.what", "not supported")
+    refused(f"eval.py {run} --plot {run}/none/picture.png", "none/picture.png", "cannot be written")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit, match="2"):
+        evaluation.plot([tmp_path / "0"], tmp_path / "other.png")
 
 def test_train_and_evaluate_a_resnet_on_files(run, tmp_path):
     status, said = program(run(tmp_path, 1, "--arch resnet18 --projector 16-8"))
