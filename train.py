@@ -57,10 +57,11 @@ def keywords(flag, pairs, function):
 def parse_args(argv=None):
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.error = lambda message: fail(f"{message} (-h lists the options)")
+    several = dict(nargs="+", action="extend")
     def group(title, *options):
         add = cli.add_argument_group(title).add_argument
         for flag, kind, default, help in options:
-            kind = dict(type=kind) if callable(kind) else dict(choices=kind) if kind else dict(nargs="+")
+            kind = dict(type=kind) if callable(kind) else dict(choices=kind) if kind else several
             add(flag, default=default, help=help, metavar=flag.split("-")[-1].upper(), **kind)
         return add
     group("criterion", ("--criterion", CRITERIA, "vicreg", f"default: vicreg; one of {', '.join(CRITERIA)}"),
@@ -189,9 +190,9 @@ def load(args):
         return [files.read_all(args.workers) for files in sets]
     return [(files, torch.tensor(files.targets)) for files in sets]
 
-def ignore_signals(worker):
-    for number in (signal.SIGINT, signal.SIGTERM):  # a run ends its workers itself, after its last step
-        signal.signal(number, signal.SIG_IGN)
+def on_signals(handler, worker=None):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 class Data:
     """Training and test images, in batches of views or as they are. What is random depends on (seed, step)
@@ -222,8 +223,8 @@ class Data:
         def stream():
             for crops, labels, damaged in torch.utils.data.DataLoader(
                     images, batch_sampler=([(i, seed) for i in index.tolist()] for index, seed in keys),
-                    num_workers=self.args.workers, worker_init_fn=ignore_signals,
-                    pin_memory=self.device.type == "cuda"):
+                    num_workers=self.args.workers, pin_memory=self.device.type == "cuda",
+                    worker_init_fn=functools.partial(on_signals, signal.SIG_IGN)):  # a run ends them itself
                 self.damaged.update(filter(None, damaged))
                 yield move(crops).unbind(1), move(labels)
         return stream()
@@ -530,9 +531,8 @@ def train(args):
             seconds[part] = seconds.get(part, 0) + last - before
     net = distribute(model, device)
     net = torch.compile(net) if args.compile else net
-    rows, top1, seconds, signals = [], math.nan, {}, []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: signals.append(number))
+    rows, test, seconds, signals = [], "", {}, []
+    on_signals(lambda number, frame: signals.append(number))
     stem = ", 3x3 stem without max-pool" * (args.arch != "small" and args.image_size <= 64)
     say(f"{args.criterion}, {data.size['train']} images of {data.classes} classes, {args.arch}{stem}, "
         f"projector {args.projector}, {args.optimizer}, {world} x {device.type} {precision}, {out}")
@@ -573,10 +573,10 @@ def train(args):
         seen = {k: v.item() for k, v in diagnose(embeddings).items()} if epoch_ends or done % 100 == 0 else {}
         write(step=step, samples_per_s=rate, lr=group["lr"], damaged=len(data.damaged), **seen)
         if epoch_ends:
-            top1 = probe_accuracy(model, data, autocast)
-            write(epoch=step // steps_per_epoch, probe_test=top1)
+            write(epoch=step // steps_per_epoch, probe_test=(top1 := probe_accuracy(model, data, autocast)))
+            test = f" (test {top1:.1f} %)"
         bar.update(done - bar.n)
-        bar.set_postfix_str(f"loss {sum(row[:-1]):.4g}, probe {100 * row[-1]:.1f} % (test {top1:.1f} %), "
+        bar.set_postfix_str(f"loss {sum(row[:-1]):.4g}, probe {100 * row[-1]:.1f} %{test}, "
                             f"{rate:.0f} samples/s" + f", {len(data.damaged)} damaged" * bool(data.damaged))
         rows, looked = [], time.perf_counter()
         if writes and (stop or done == steps or looked - last_save >= args.save_every):
@@ -594,7 +594,7 @@ def train(args):
 def main(argv=None):
     try:
         train(parse_args(argv))
-    except OSError as error:
-        fail(f"a file cannot be written or read; what was saved is intact: {error}")
+    except (OSError, KeyboardInterrupt) as error:  # once it trains, signals end it in their own way
+        fail(f"stopped, what was saved is intact: {str(error) or 'interrupted'}", 2 if str(error) else 130)
 if __name__ == "__main__":
     main()
