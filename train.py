@@ -249,16 +249,16 @@ class Data:
 
 # --- Views -------------------------------------------------------------------------------------------------
 def luma(x):
-    return (0.2989 * x[0]).add_(x[1], alpha=0.587).add_(x[2], alpha=0.114).expand_as(x)
+    return (0.2989 * x[0]).add_(x[1], alpha=0.587).add_(x[2], alpha=0.114)
 
-def blend(x, y, factor):
-    return torch.lerp(y, x, factor).clamp_(0, 1)
+def blend_(x, y, factor):  # factor x + (1 - factor) y
+    return x.lerp_(y.expand_as(x), 1 - factor).clamp_(0, 1)
 
 def adjust_hue(x, turn):
     """Turns the hue of planes (3, B, pixels) by turn (B, 1) of a circle; HSV's value and saturation stay."""
     # X = (2 r - max - min) / c,  A = (g - b) / c,  c = max - min: a hue is a place on the edge of the square
     # -1 <= X, A <= 1, so 6 h = sign(A) (3/2 - X (3/2 - |A|)) without a case for each sextant, and back
-    # (r, g, b) = min + c clamp(|6 frac(h + (0, 2/3, 1/3)) - 3| - 1, 0, 1)
+    # (r, g, b) = min - c + 6 c clamp(|frac(h + (0, 2/3, 1/3)) - 1/2|, 1/6, 1/3)
     r, g, b = x
     high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = high - low
@@ -266,7 +266,8 @@ def adjust_hue(x, turn):
     a, x = (g - b).mul_(inverse), (2 * r).sub_(high).sub_(low).mul_(inverse)
     h = (1.5 - x.mul_(1.5 - a.abs())).copysign_(a).mul_(1 / 6).add_(turn + 1)
     thirds = 2 / 3 * torch.arange(3, device=r.device)[:, None, None]
-    return (h + thirds).frac_().mul_(6).sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(chroma).add_(low)
+    edge = (h + thirds).frac_().sub_(0.5).abs_().clamp_(1 / 6, 1 / 3)
+    return torch.addcmul(low.sub_(chroma), edge, chroma.mul_(6))
 
 def resampling(start, length, flip, size, out):
     """Weights (B, out, size) that resize [start, start + length) of `size` pixels to `out`, antialiased."""
@@ -324,22 +325,21 @@ class Views(nn.Module):
         f = {name: value[:, None] for name, value in p.items()}
         rows = resampling(p["top"], p["height"], torch.zeros_like(p["flip"]), height, size) / 255
         columns = resampling(p["left"], p["width"], p["flip"], width, size)
-        x = images.transpose(1, 2).float(memory_format=torch.contiguous_format).view(n, height, -1)
-        x = (rows @ x).view(n, -1, width) @ columns.mT  # (B, S, 3 W) -> (B, S 3, S)
-        x = x.view(n, size, 3, size).permute(2, 0, 1, 3).reshape(3, n, -1)  # planes, (3, B, S S)
+        x = (images.float().view(n, -1, width) @ columns.mT).view(n, 3, height, size)
+        x = torch.stack([rows @ plane for plane in x.unbind(1)]).flatten(2)  # planes, (3, B, S S)
         if self.jitter:
-            x = (x * f["brightness"]).clamp_(0, 1)
-            x = blend(x, luma(x).mean(2, keepdim=True), f["contrast"])
-            x = blend(x, luma(x), f["saturation"])
+            x = x.mul_(f["brightness"]).clamp_(0, 1)
+            x = blend_(x, luma(x).mean(1, keepdim=True), f["contrast"])
+            x = blend_(x, luma(x), f["saturation"])
             x = adjust_hue(x, f["hue"])
         if self.grey:
-            x = blend(x, luma(x), f["grey"])
+            x = blend_(x, luma(x), f["grey"])
         if self.blur:
             kernel = blurring(p["sigma"], size, radius=max(1, size // 20))
             x = (kernel @ x.view(3, n, size, size) @ kernel.mT).flatten(2)
         if self.solarise:
             x = torch.minimum(x, f["solarise"] - x)  # 1 - x where x >= 1/2, or, where solarise is 2, x
-        return ((x - self.mean) / self.std).view(3, n, size, size).transpose(0, 1)
+        return x.sub_(self.mean).mul_(1 / self.std).view(3, n, size, size).transpose(0, 1)
     def forward(self, images, generator=None, share=(0, 1)):
         """share (r, W): the images are part r of W of the batch that the generator draws parameters for."""
         n, (height, width), device = len(images), images.shape[2:], images.device
