@@ -17,6 +17,7 @@ import functools, math
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CRITERIA = {}  # name -> criterion, filled by @criterion
@@ -63,14 +64,13 @@ def with_gradient(value, gradient):
         def forward(ctx, a):
             ctx.save_for_backward(a)
             return value(a)
-        @staticmethod
-        def backward(ctx, g):
-            return gradient(*ctx.saved_tensors, g)
+        backward = staticmethod(once_differentiable(lambda ctx, g: gradient(*ctx.saved_tensors, g)))
     return Function.apply
 
-# A A^T, (n, m) -> (n, n), one product for two; the rows' ||a_i||^2, (n, m) -> (n,), one temporary for three
+# A A^T, (n, m) -> (n, n), by one product, not two; the rows' ||a_i||^2, log sum_j exp(a_ij), (n, m) -> (n,)
 gram = with_gradient(lambda a: a @ a.T, lambda a, g: (g + g.T) @ a)
 squared_norms = with_gradient(lambda a: (a * a).sum(1), lambda a, g: a * (2 * g)[:, None])
+logsumexp = with_gradient(lambda a: a.logsumexp(1), lambda a, g: a.softmax(1).mul_(g[:, None]))
 
 # sum_{i != j} (a_i . b_j)^2 over the rows of A and B, (n, m), by two routes; with A = B they are theorem 3.3.
 def direct_route(a, b, diagonal):  # ||A B^T - diag||_F^2
@@ -154,10 +154,10 @@ def log_sum_exp(a, temperature, samples=None, similarity=lambda x: x):
     if samples < 2 or not temperature > 0:
         raise ValueError(f"log-sum-exp of {samples} rows at temperature {temperature}: needs > 1 and > 0")
     def reduce(products, rows):
-        scores = similarity(products) / temperature
+        scores = similarity(products).div_(temperature)
         for own in range(0, n, samples):
             scores[rows - rows[0], own + rows % samples] = -math.inf
-        return scores.logsumexp(1)
+        return logsumexp(scores)
     blocks = torch.arange(n, device=a.device).split(max(1, BLOCK // n))
     if len(blocks) == 1:
         return reduce(gram(a), blocks[0])
