@@ -5,7 +5,7 @@
     python train.py --criterion simclr --set temperature=0.15    # any criterion, any keyword of it
     torchrun --nproc-per-node 8 train.py --dataset imagenet --data-dir imagenet --batch-size 1024
 """
-import argparse, atexit, functools, inspect, io, json, math, os, re, signal, sys, time, zlib
+import argparse, atexit, ctypes, functools, inspect, io, json, math, os, re, signal, sys, time, zlib
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -47,10 +47,9 @@ def keywords(flag, pairs, function):
     known = {k: p.default for k, p in parameters if p.default is not p.empty}
     for name, _, value in (pair.partition("=") for pair in pairs):
         try:
-            found[name] = type(known[name])(value)
-            if isinstance(found[name], float) and not math.isfinite(found[name]):
-                raise ValueError
-        except (KeyError, ValueError):
+            kind = type(known[name])
+            found[name] = value if kind is str else number(kind, -10**9)(value)
+        except (KeyError, ValueError, argparse.ArgumentTypeError):
             fail(f"{flag} {name}={value}: there is {', '.join(f'{k}={v}' for k, v in known.items())}")
     return found
 
@@ -444,6 +443,9 @@ def start(args):
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(device)
+    if kind == "cpu" and sys.platform == "linux":  # asking the system for memory anew takes 1/5 of the time
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, 2**31 - 1), libc.mallopt(-3, 2**25)  # trim at 2 GiB, all up to 32 MiB from the heap
     if world > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
@@ -507,8 +509,7 @@ def train(args):
             part.load_state_dict(state)
         if (done := saved["step"]) >= steps:
             return say(f"{out} is complete after {done // steps_per_epoch} epochs; more --epochs go on")
-    writes = rank == 0 and not args.profile
-    log = open(os.devnull, "wb")
+    writes, log = rank == 0 and not args.profile, open(os.devnull, "wb")
     if writes:
         out.mkdir(parents=True, exist_ok=True)
         log = open(out / "log.jsonl", "ab", buffering=0)
@@ -525,8 +526,7 @@ def train(args):
     def clock(part):  # only with --profile, as it waits for the device
         nonlocal last
         if args.profile:
-            if device.type != "cpu":
-                getattr(torch, device.type).synchronize()
+            getattr(torch, device.type).synchronize()
             before, last = last, time.perf_counter()
             seconds[part] = seconds.get(part, 0) + last - before
     net = distribute(model, device)
