@@ -186,7 +186,7 @@ def vicreg(za, zb, invariance=25.0, variance=25.0, covariance=1.0):
 
 @criterion
 def vicreg_contrastive(za, zb, invariance=25.0, variance=25.0, covariance=1.0):
-    """VICReg computed as a contrastive criterion, Eq 10: same value, same gradient."""
+    """VICReg computed as a contrastive criterion, Eq 10: same value and gradient; N >> D cancels digits."""
     return _vicreg(za, zb, covariance_contrastive, invariance, variance, covariance)
 
 @criterion

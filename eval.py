@@ -150,7 +150,7 @@ def main():
         for run in args.runs:
             result = evaluate(run, args)
             for name, value in result.items():
-                print(f"{name:26}{value:.4g}" if isinstance(value, float) else f"{name:26}{value}")
+                print(f"{name:30}{value:.4g}" if isinstance(value, float) else f"{name:30}{value}")
             name = "eval-random-init.json" if args.random_init else "eval.json"
             train.save(run / name, json.dumps(result, indent=1).encode() + b"\n")
     except OSError as error:
