@@ -73,29 +73,28 @@ squared_norms = with_gradient(lambda a: (a * a).sum(1), lambda a, g: a * (2 * g)
 logsumexp = with_gradient(lambda a: a.logsumexp(1), lambda a, g: a.softmax(1).mul_(g[:, None]))
 
 # sum_{i != j} (a_i . b_j)^2 over the rows of A and B, (n, m), by two routes; with A = B they are theorem 3.3.
-def direct_route(a, b, diagonal):  # ||A B^T - diag||_F^2
-    return (gram(a) if a is b else a @ b.T).fill_diagonal_(0).norm().square()
+def direct_route(a, b):  # ||A B^T - diag||_F^2
+    c = gram(a) if a is b else a @ b.T
+    return c.diagonal().clone(), c.fill_diagonal_(0).norm().square()
 
-def dual_route(a, b, diagonal):  # <A^T A, B^T B>_F - ||diag(A B^T)||^2
-    g = gram(a.T)
-    return (g * (g if a is b else gram(b.T))).sum() - diagonal.square().sum()
+def dual_route(a, b):  # <A^T A, B^T B>_F - ||diag(A B^T)||^2
+    g, diagonal = gram(a.T), squared_norms(a) if a is b else (a * b).sum(1)
+    return diagonal, (g * (g if a is b else gram(b.T))).sum() - diagonal.square().sum()
 
-def off_diagonal(a, b, diagonal):
-    """sum_{i != j} (a_i . b_j)^2 of rows, (n, m), the a_i . b_i given, at the cost min(n, m)^2 max(n, m)."""
+def off_diagonal(a, b):
+    """(all a_i . b_i, sum_{i != j} (a_i . b_j)^2) of rows, (n, m), at the cost min(n, m)^2 max(n, m)."""
     # The dual route's difference cancels only where few diagonal entries outweigh the rest. A B^T has rank m
     # or less, so ||A B^T||^2 >= tr(A B^T)^2 / m: for like entries (optimal) n / m >= 2 times the subtrahend.
-    return (direct_route if len(a) < 2 * a.shape[1] else dual_route)(a, b, diagonal)
+    return (direct_route if len(a) < 2 * a.shape[1] else dual_route)(a, b)
 
 @full_precision
 def L_c(z):
     """Sample-contrastive criterion of z (N, D), Def 3.2: ||K^T K - diag||_F^2."""
-    return off_diagonal(z, z, squared_norms(z))
+    return off_diagonal(z, z)[1]
 
-@full_precision
 def L_nc(z):
     """Dimension-contrastive criterion of z (N, D), Def 3.2: ||K K^T - diag||_F^2."""
-    k = z.T
-    return off_diagonal(k, k, squared_norms(k))
+    return L_c(z.T)
 
 @full_precision
 def norms4(z):
@@ -132,17 +131,20 @@ def hinge(variances, eps=1e-4):
     # v(K) = 1/d sum_j max(0, 1 - sqrt(Var_j + eps))
     return F.relu(1 - (variances + eps).sqrt()).mean()
 
-def covariance_squares(k, variances):
-    # c(K) = 1/d sum_{i != j} C(K)_ij^2,  C(K) = K K^T / (N - 1), Var_j = C(K)_jj
-    return off_diagonal(k, k, variances * (k.shape[1] - 1)) / (k.shape[1] - 1) ** 2 / len(k)
+# Of centred k = K, (d, N), each of these gives all Var_j = C(K)_jj and d times c(K); C(K) = K K^T / (N - 1).
+def covariance_squares(k):
+    # d c(K) = sum_{i != j} C(K)_ij^2
+    diagonal, squares = off_diagonal(k, k)
+    return diagonal / (k.shape[1] - 1), squares / (k.shape[1] - 1) ** 2
 
-def covariance_contrastive(k, variances):
-    # c(K) = 1/d (L_c + L_reg) / (N - 1)^2,  L_reg = sum_i ||K_.,i||^4 - sum_j ||K_j,.||^4
-    return (L_c(k.T) + norms4(k.T) - norms4(k)) / (k.shape[1] - 1) ** 2 / len(k)
+def covariance_contrastive(k):
+    # d c(K) = (L_c + L_reg) / (N - 1)^2,  L_reg = sum_i ||K_.,i||^4 - sum_j ||K_j,.||^4
+    return squared_norms(k) / (k.shape[1] - 1), (L_c(k.T) + norms4(k.T) - norms4(k)) / (k.shape[1] - 1) ** 2
 
-def covariance_exp(temperature):
-    # c_exp(K) = 1/d sum_i log sum_{j != i} exp(C(K)_ij / tau)
-    return lambda k, variances: log_sum_exp(k / math.sqrt(k.shape[1] - 1), temperature).mean()
+def covariance_exp(k, temperature):
+    # d c_exp(K) = sum_i log sum_{j != i} exp(C(K)_ij / tau)
+    k = k / math.sqrt(k.shape[1] - 1)
+    return squared_norms(k), log_sum_exp(k, temperature).sum()
 
 def log_sum_exp(a, temperature, samples=None, similarity=lambda x: x):
     """log sum_j exp(s(a_i . a_j) / tau) of each row i of a (n, m) over the rows j of other samples, (n,).
@@ -170,14 +172,14 @@ def coding_rate(z, eps):
     return torch.linalg.cholesky_ex(eye + d / (n * eps**2) * gram(small)).L.diagonal().log().sum()
 
 # --- Section 4: the chain. Each arrow is one change -------------------------------------------------------
-def _vicreg(za, zb, repulsion, invariance, variance, covariance, transpose=False):
+def _vicreg(za, zb, repulsion, invariance, variance, covariance, *temperature, transpose=False):
     # lambda / (N d) sum_i ||K_i - K'_i||^2 + mu / 2 (v(K) + v(K')) + nu (c(K) + c(K'))
     # The gradient of a function of C(K) has mean 0 over the samples: it need not pass through their mean.
     ks = [center(z) if transpose else (z - z.mean(0).detach()).T for z in (za, zb)]
-    variances = [squared_norms(k) / (k.shape[1] - 1) for k in ks]
+    variances, repulsions = zip(*(repulsion(k, *temperature) for k in ks))
     return dict(invariance=invariance * F.mse_loss(za, zb),
                 variance=variance / 2 * sum(map(hinge, variances)),
-                covariance=covariance * sum(map(repulsion, ks, variances)))
+                covariance=covariance * sum(repulsions) / len(ks[0]))
 
 @criterion
 def vicreg(za, zb, invariance=25.0, variance=25.0, covariance=1.0):
@@ -192,15 +194,14 @@ def vicreg_contrastive(za, zb, invariance=25.0, variance=25.0, covariance=1.0):
 @criterion
 def vicreg_exp(za, zb, invariance=25.0, variance=25.0, covariance=25.0, temperature=0.1):
     """VICReg --LogSumExp--> VICReg-exp, Eq 11-12."""
-    return _vicreg(za, zb, covariance_exp(temperature), invariance, variance, covariance)
+    return _vicreg(za, zb, covariance_exp, invariance, variance, covariance, temperature)
 
 @criterion
 def vicreg_ctr(za, zb, invariance=25.0, variance=25.0, covariance=25.0, temperature=0.1):
     """VICReg-exp --transpose--> VICReg-ctr, Eq 13, of centred dimensions: v and c_exp of K^T.
 
-    Embedding i's variance is ||z_i||^2 / (D - 1), so at the hinge C(K^T) holds cosines.
-    """
-    return _vicreg(za, zb, covariance_exp(temperature), invariance, variance, covariance, transpose=True)
+    Embedding i's variance is ||z_i||^2 / (D - 1), so at the hinge C(K^T) holds cosines."""
+    return _vicreg(za, zb, covariance_exp, invariance, variance, covariance, temperature, transpose=True)
 
 def contrastive(name, doc, prepare=normalize, similarity=lambda x: x, decoupled=False):
     """The criterion, registered, of embeddings made ready by `prepare`, that contrasts s(x_i . x_j)."""
@@ -246,8 +247,8 @@ def spectral(za, zb, radius=3.0):
     """Spectral contrastive loss (arXiv 2106.04156); embeddings beyond sqrt(mu) = radius are put there."""
     # -2/N sum_i x_i . x'_i + 1/(N (N - 1)) sum_{i != j} (x_i . x'_j)^2
     za, zb = (z * (radius / z.norm(dim=1, keepdim=True).clamp_min(radius)) for z in (za, zb))
-    n, positives = len(za), (za * zb).sum(1)
-    return dict(invariance=-2 * positives.mean(), repulsion=off_diagonal(za, zb, positives) / n / (n - 1))
+    n, (positives, squares) = len(za), off_diagonal(za, zb)
+    return dict(invariance=-2 * positives.mean(), repulsion=squares / n / (n - 1))
 
 def _pair(za, zb, L, invariance, repulsion):
     # lambda / N sum_i ||x_i - x'_i||^2 + nu / 2N (L(K) + L(K'))
@@ -270,9 +271,8 @@ def barlow_twins(za, zb, redundancy=0.0051):
     """Barlow Twins (arXiv 2103.03230) as in its code: sums, biased variance + 1e-5."""
     # sum_j (1 - C_jj)^2 + lambda sum_{i != j} C_ij^2,  C = K K'^T / N of standardised dimensions
     n, (ka, kb) = len(za), (standardize(z).T for z in (za, zb))
-    diagonal = (ka * kb).sum(1)
-    return dict(invariance=(1 - diagonal / n).square().sum(),
-                redundancy=redundancy / n**2 * off_diagonal(ka, kb, diagonal))
+    diagonal, squares = off_diagonal(ka, kb)
+    return dict(invariance=(1 - diagonal / n).square().sum(), redundancy=redundancy / n**2 * squares)
 
 @criterion
 def tcr(za, zb, invariance=1.0, eps=0.5):
@@ -320,7 +320,7 @@ if __name__ == "__main__":
           "  L_nc + sum_j ||K_j||^4  L_c + sum_i ||K_i||^4  difference     lower    <= L_c <=   upper")
     for n, d in ((256, 64), (256, 256), (256, 2048)):
         z = torch.randn(n, d, dtype=torch.float64)
-        left, right = (direct_route(k, k, None) + norms4(k) for k in (z.T, z))
+        left, right = (direct_route(k, k)[1] + norms4(k) for k in (z.T, z))
         (low, high), L = corollary_3_4_1(normalize(z)), L_c(normalize(z))
         print(f"{n:5} {d:5} {left:23.4f} {right:22.4f} {left - right:11.1e} {low:9.1f} {L:12.1f} {high:9.1f}")
     za, noise = torch.randn(2, 256, 128)

@@ -325,11 +325,13 @@ def test_module_shows_the_theorem(capsys):
 @pytest.mark.parametrize("n, d", [(2, 9), (40, 3), (3, 40), *SHAPES])
 def test_routes_are_equal(n, d):
     for a, b in (views(n, d), [z.T for z in views(n, d)]):
-        cross = step(lambda a, b: off_diagonal(a @ b.T).square().sum(), a, b)
-        same = step(lambda a: off_diagonal(a @ a.T).square().sum(), a)
+        weights = torch.arange(len(a), dtype=a.dtype)  # of the diagonal, so that its gradient is seen too
+        cross = step(lambda a, b: off_diagonal(a @ b.T).square().sum() + weights @ (a @ b.T).diagonal(), a, b)
+        same = step(lambda a: off_diagonal(a @ a.T).square().sum() + weights @ a.square().sum(1), a)
         for route in (duality.direct_route, duality.dual_route, duality.off_diagonal):
-            assert_equal(step(lambda a, b: route(a, b, (a * b).sum(1)), a, b), cross)
-            assert_equal(step(lambda a: route(a, a, (a * a).sum(1)), a), same)
+            value = lambda a, b: (found := route(a, b))[1] + weights @ found[0]
+            assert_equal(step(value, a, b), cross)
+            assert_equal(step(lambda a: value(a, a), a), same)
 
 @pytest.mark.parametrize("n, d", [(64, 64), (64, 96), (64, 128), (64, 256), (64, 1024), (256, 64)])
 @pytest.mark.parametrize("near_optimum", [False, True])
