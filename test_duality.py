@@ -631,6 +631,8 @@ def test_shares_of_a_batch_are_the_batch():
     whole = recipe(images, draw())
     parts = [recipe(x, draw(), (rank, 3)) for rank, x in enumerate(images.chunk(3))]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-5)
+    interleaved = images.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(recipe(interleaved, draw()), whole, rtol=0, atol=1e-5)
 
 def test_images_without_augmentation_are_themselves():
     images, recipe = pictures(3), train.Views(32, crop=0, flip=0, jitter=0, grey=0)

@@ -324,7 +324,7 @@ class Views(nn.Module):
         f = {name: value[:, None] for name, value in p.items()}
         rows = resampling(p["top"], p["height"], torch.zeros_like(p["flip"]), height, size) / 255
         columns = resampling(p["left"], p["width"], p["flip"], width, size)
-        x = (images.float().view(n, -1, width) @ columns.mT).view(n, 3, height, size)
+        x = (images.float().reshape(n, -1, width) @ columns.mT).view(n, 3, height, size)
         x = torch.stack([rows @ plane for plane in x.unbind(1)]).flatten(2)  # planes, (3, B, S S)
         if self.jitter:
             x = x.mul_(f["brightness"]).clamp_(0, 1)
