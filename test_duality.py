@@ -706,6 +706,8 @@ def test_readmes_loss_is_covered_by_the_tests(monkeypatch):
     a, b = spread(za), spread(zb)
     plain = sum(((x.T @ x).square().sum() / 144).log() for x in (a, b)) + (a - b).square().sum() / 12
     torch.testing.assert_close(space["frossl"](za, zb), plain)
+    for kind in DEGENERATE.values():
+        assert all(x.isfinite().all() for x in step(space["frossl"], *map(kind, views(6, 9, dtype=torch.float32))))
     assert "frossl" in duality.CRITERIA and "frossl" not in CRITERIA
 
 # --- Programs -----------------------------------------------------------------------------------------------
