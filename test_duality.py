@@ -987,8 +987,8 @@ def test_bad_flags_end_in_one_line(line, refused, tmp_path):
     assert any(word in said for word in re.split("[ =]", line)[-3:-1]) and not list(tmp_path.iterdir()), said
 
 def test_settings_may_be_given_in_parts():
-    args = train.parse_args("--set covariance=2 --views hue=0 --set variance=3 covariance=4".split())
-    assert args.set == dict(covariance=4, variance=3) and args.views == dict(hue=0)
+    args = train.parse_args("--set covariance=2 invariance=5 --views hue=0 --set covariance=4".split())
+    assert args.set == dict(covariance=4, invariance=5) and args.views == dict(hue=0)
 
 def test_what_is_not_there_is_named(run, refused, tmp_path, monkeypatch):
     refused(run("/dev/null/run"), "/dev/null/run")
