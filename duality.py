@@ -68,7 +68,7 @@ def with_gradient(value, gradient):
     return Function.apply
 
 # A A^T, (n, m) -> (n, n), by one product, not two; the rows' ||a_i||^2, log sum_j exp(a_ij), (n, m) -> (n,)
-gram = with_gradient(lambda a: a @ a.T, lambda a, g: (g + g.T) @ a)
+gram = with_gradient(lambda a: a @ a.T, lambda a, g: torch.empty_like(g).copy_(g.T).add_(g) @ a)
 squared_norms = with_gradient(lambda a: (a * a).sum(1), lambda a, g: a * (2 * g)[:, None])
 logsumexp = with_gradient(lambda a: a.logsumexp(1), lambda a, g: a.softmax(1).mul_(g[:, None]))
 
@@ -157,8 +157,8 @@ def log_sum_exp(a, temperature, samples=None, similarity=lambda x: x):
         raise ValueError(f"log-sum-exp of {samples} rows at temperature {temperature}: needs > 1 and > 0")
     def reduce(products, rows):
         scores = similarity(products).div_(temperature)
-        for own in range(0, n, samples):
-            scores[rows - rows[0], own + rows % samples] = -math.inf
+        for own in range(0, n, samples):  # detached, as the softmax of -inf, which is the gradient, is 0
+            scores.detach()[rows - rows[0], own + rows % samples] = -math.inf
         return logsumexp(scores)
     blocks = torch.arange(n, device=a.device).split(max(1, BLOCK // n))
     if len(blocks) == 1:
@@ -256,13 +256,13 @@ def _pair(za, zb, L, invariance, repulsion):
                 repulsion=repulsion / 2 / len(za) * (L(za) + L(zb)))
 
 @criterion
-def sample_contrastive(za, zb, invariance=1.0, repulsion=1.0):
+def sample_contrastive(za, zb, invariance=25.0, repulsion=1.0):
     """An invariance term and L_c of centred dimensions of norm sqrt(N / D)."""
     return _pair(spread(za), spread(zb), L_c, invariance, repulsion)
 
 # --- and dimension-contrastive ----------------------------------------------------------------------------
 @criterion
-def dimension_contrastive(za, zb, invariance=1.0, repulsion=1.0):
+def dimension_contrastive(za, zb, invariance=25.0, repulsion=1.0):
     """The same with L_nc, of the same embeddings; of norm 1 alone they could collapse onto one dimension."""
     return _pair(spread(za), spread(zb), L_nc, invariance, repulsion)
 

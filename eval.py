@@ -44,7 +44,7 @@ def extract(model, data, split):
 def top(logits, labels, k):
     """Share of the rows, in %, whose label is among the k highest logits."""
     best = logits.topk(min(k, logits.shape[1])).indices
-    return 100 * (best == labels[:, None]).any(1).double().mean().item()
+    return 100 * (best == labels[:, None]).any(1).sum().item() / len(labels)
 
 def linear_probe(train_x, train_y, test_x, test_y, classes, epochs=100, batch=1000, lr=0.03):
     """Last-epoch top-1 and top-5, in %, of a linear classifier on features standardised by the training set.

@@ -84,7 +84,7 @@ def parse_args(argv=None):
           ("--precision", ["auto", "bf16", "fp16", "fp32"], "auto", "auto, bf16, fp16 or fp32"),
           ("--seed", number(int, 0), 0, "default: 0"), ("--out", str, None, "default: runs/DATA-CRITERION"),
           ("--save-every", number(float, 0), 120, "seconds between checkpoints; default: 120"))
-    add("--compile", action="store_true", help="torch.compile network and views")
+    add("--compile", action="store_true", help="torch.compile network, criterion and views")
     add("--profile", action="store_true", help="time the parts of 50 steps, save nothing")
     args = cli.parse_args(argv)
     if args.dataset == "shapes" and args.data_dir:
@@ -216,9 +216,9 @@ class Data:
     def fetch(self, split, keys):
         """Iterates (crops, labels) for each (indices, seed) of keys; held images are one crop, the whole."""
         images, labels = self.sets[split]
-        move = functools.partial(torch.Tensor.to, device=self.device, non_blocking=True)
         if torch.is_tensor(images):
-            return (([images[i]], labels[i]) for i in (move(index) for index, _ in keys))
+            return (([images[index]], labels[index]) for index, _ in keys)
+        move = functools.partial(torch.Tensor.to, device=self.device, non_blocking=True)
         def stream():
             for crops, labels, damaged in torch.utils.data.DataLoader(
                     images, batch_sampler=([(i, seed) for i in index.tolist()] for index, seed in keys),
@@ -229,17 +229,17 @@ class Data:
         return stream()
     def batches(self, first, steps, steps_per_epoch):
         """Yields (view a, view b, labels) of this process's share of each step from `first` on."""
-        seed, batch, share = self.args.seed, self.args.batch_size, self.args.batch_size // self.world
+        seed, batch, share = self.args.seed, self.args.batch_size, (self.rank, self.world)
         def keys():
             for step in range(first, steps):
                 epoch, i = divmod(step, steps_per_epoch)
                 if i == 0 or step == first:
                     order = torch.randperm(self.size["train"], generator=generator("cpu", seed, epoch, 2))
-                yield order[i * batch:][self.rank * share:][:share], seed * 1_000_003 + step
+                    order = order.to(self.sets["train"][1].device)
+                yield order[i * batch:][:batch].chunk(self.world)[self.rank], seed * 1_000_003 + step
         for step, (crops, labels) in enumerate(self.fetch("train", keys()), first):
             draws = (generator(self.device, seed, step, view) for view in (0, 1))
-            va, vb = (self.views(crops[-i], draw, (self.rank, self.world)) for i, draw in enumerate(draws))
-            yield va, vb, labels
+            yield *(self.views(crops[-view], draw, share) for view, draw in enumerate(draws)), labels
     def plain(self, split, batch=500):
         """Yields (images, labels) of this process's share of a split, normalised and not augmented."""
         shares = torch.arange(self.rank, self.size[split], self.world).split(batch)
@@ -250,33 +250,31 @@ class Data:
 def luma(x):
     return (0.2989 * x[0]).add_(x[1], alpha=0.587).add_(x[2], alpha=0.114)
 
-def blend_(x, y, factor):  # factor x + (1 - factor) y
-    return x.lerp_(y.expand_as(x), 1 - factor).clamp_(0, 1)
-
-def adjust_hue(x, turn):
-    """Turns the hue of planes (3, B, pixels) by turn (B, 1) of a circle; HSV's value and saturation stay."""
-    # X = (2 r - max - min) / c,  A = (g - b) / c,  c = max - min: a hue is a place on the edge of the square
-    # -1 <= X, A <= 1, so 6 h = sign(A) (3/2 - X (3/2 - |A|)) without a case for each sextant, and back
-    # (r, g, b) = min - c + 6 c clamp(|frac(h + (0, 2/3, 1/3)) - 1/2|, 1/6, 1/3)
-    r, g, b = x
-    high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+def adjust_hue(planes, turn):
+    """Turns the hue of planes (3, B, pixels), in place, by turn (B, 1) of a circle, as HSV has it."""
+    # X = (max + min - 2 r) / c,  A = (g - b) / c,  c = max - min: a hue is a place on the edge of the square
+    # -1 <= X, A <= 1, so 6 h = sign(A) (3/2 + X (3/2 - |A|)) without a case for each sextant, and back
+    # r = min - c + c clamp(|6 h - 3|, 1, 2),  g, b = max + c - c clamp(|6 h - (2, 4)|, 1, 2)
+    (r, g, b), high, low = planes, planes.amax(0), planes.amin(0)
     chroma = high - low
-    inverse = 1 / chroma.clamp_min(1e-12)
-    a, x = (g - b).mul_(inverse), (2 * r).sub_(high).sub_(low).mul_(inverse)
-    h = (1.5 - x.mul_(1.5 - a.abs())).copysign_(a).mul_(1 / 6).add_(turn + 1)
-    thirds = 2 / 3 * torch.arange(3, device=r.device)[:, None, None]
-    edge = (h + thirds).frac_().sub_(0.5).abs_().clamp_(1 / 6, 1 / 3)
-    return torch.addcmul(low.sub_(chroma), edge, chroma.mul_(6))
+    inverse = chroma.clamp_min(1e-12).reciprocal_()
+    a, x = (g - b).mul_(inverse), (high + low).sub_(r, alpha=2).mul_(inverse)
+    h = x.mul_(1.5 - a.abs()).add_(1.5).copysign_(a).mul_(1 / 6).add_(turn + 1).frac_().mul_(6)
+    low, high = low.sub_(chroma), high.add_(chroma)
+    for plane, base, centre, sign in ((r, low, 3, 1), (g, high, 2, -1), (b, high, 4, -1)):
+        torch.addcmul(base, (h - centre).abs_().clamp_(1, 2), chroma, value=sign, out=plane)
+    return planes
 
 def resampling(start, length, flip, size, out):
     """Weights (B, out, size) that resize [start, start + length) of `size` pixels to `out`, antialiased."""
     # w_oj = max(0, 1 - |j + 1/2 - c_o| / max(1, r)) / sum_j,  c_o = start + (o + 1/2) r,  r = length / out
     start, length, flip = (p[:, None, None] for p in (start, length, flip))
     o, j = (torch.arange(n, device=start.device) + 0.5 for n in (out, size))
+    scale = (length / out).clamp_min(1)
     centre = start + torch.where(flip, out - o[:, None], o[:, None]) * (length / out)
-    weights = (1 - (j - centre).abs_() / (length / out).clamp_min(1)).clamp_min_(0)
-    weights = weights * ((j >= start) & (j <= start + length))
-    return weights / weights.sum(2, keepdim=True)
+    j = torch.where((j >= start) & (j <= start + length), j, math.inf)  # (B, 1, size)
+    weights = (1 - (j / scale - centre / scale).abs_()).clamp_min_(0)
+    return weights.mul_(1 / weights.sum(2, keepdim=True))
 
 def blurring(sigma, size, radius):
     """Weights (B, size, size) of a Gaussian blur of each sample's own sigma, edges reflected."""
@@ -322,17 +320,18 @@ class Views(nn.Module):
         """The views of uint8 images with the parameters p, each operation as torchvision defines it."""
         (n, _, height, width), size = images.shape, self.size
         f = {name: value[:, None] for name, value in p.items()}
-        rows = resampling(p["top"], p["height"], torch.zeros_like(p["flip"]), height, size) / 255
+        rows = resampling(p["top"], p["height"], torch.zeros_like(p["flip"]), height, size)
+        rows.mul_((p["brightness"] / 255)[:, None, None])
         columns = resampling(p["left"], p["width"], p["flip"], width, size)
         x = (images.float().reshape(n, -1, width) @ columns.mT).view(n, 3, height, size)
         x = torch.stack([rows @ plane for plane in x.unbind(1)]).flatten(2)  # planes, (3, B, S S)
         if self.jitter:
-            x = x.mul_(f["brightness"]).clamp_(0, 1)
-            x = blend_(x, luma(x).mean(1, keepdim=True), f["contrast"])
-            x = blend_(x, luma(x), f["saturation"])
+            mean = luma(x.clamp_(0, 1).mean(2, keepdim=True))
+            x = x.mul_(f["contrast"]).add_((1 - f["contrast"]) * mean).clamp_(0, 1)
+            x = x.lerp_(luma(x).expand_as(x), 1 - f["saturation"]).clamp_(0, 1)
             x = adjust_hue(x, f["hue"])
         if self.grey:
-            x = blend_(x, luma(x), f["grey"])
+            x = x.lerp_(luma(x).expand_as(x), 1 - f["grey"])
         if self.blur:
             kernel = blurring(p["sigma"], size, radius=max(1, size // 20))
             x = (kernel @ x.view(3, n, size, size) @ kernel.mT).flatten(2)
@@ -422,7 +421,7 @@ def forward_backward(net, criterion, keywords, views, labels, autocast, scaler, 
     clock("encoder")
     leaf = embeddings.detach().requires_grad_()  # so that the criterion can be timed by itself
     gathered = [gather(z) for z in leaf.chunk(len(views))]
-    terms = criterion.terms(*gathered, **keywords)
+    terms = criterion(*gathered, **keywords)
     scaler.scale(sum(terms.values())).backward()
     clock("criterion")
     probe_loss = scaler.scale(F.cross_entropy(logits.float(), labels))
@@ -529,8 +528,9 @@ def train(args):
             getattr(torch, device.type).synchronize()
             before, last = last, time.perf_counter()
             seconds[part] = seconds.get(part, 0) + last - before
-    net = distribute(model, device)
-    net = torch.compile(net) if args.compile else net
+    net, criterion = distribute(model, device), CRITERIA[args.criterion].terms
+    if args.compile:
+        net, criterion = torch.compile(net), torch.compile(criterion)
     rows, test, seconds, signals = [], "", {}, []
     on_signals(lambda number, frame: signals.append(number))
     stem = ", 3x3 stem without max-pool" * (args.arch != "small" and args.image_size <= 64)
@@ -541,7 +541,7 @@ def train(args):
     for *views, labels in data.batches(done, steps, steps_per_epoch):
         clock("views")
         terms, embeddings, right = forward_backward(
-            net, CRITERIA[args.criterion], args.set, views, labels, autocast, scaler, clock)
+            net, criterion, args.set, views, labels, autocast, scaler, clock)
         for group in optimizers[0].param_groups:
             group["lr"] = schedule(done, steps, args.warmup) * group.setdefault("full_lr", group["lr"])
         for optimizer in optimizers:
