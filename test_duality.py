@@ -1027,8 +1027,8 @@ def test_settings_may_be_given_in_parts():
 def test_what_is_not_there_is_named(run, refused, tmp_path, monkeypatch):
     refused(run("/dev/null/run"), "/dev/null/run")
     refused(run(tmp_path, 1, "--batch-size 41"), "--batch-size 41", "40")
-    for kind in ("cuda", "mps"):
-        if not getattr(torch, kind).is_available():
+    for kind, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
+        if not module.is_available():
             refused(run(tmp_path, 1, f"--device {kind}"), kind, "cpu")
     refused(run(tmp_path, 1, f"--data-dir {tmp_path}/none"), f"{tmp_path}/none", "--data-dir")
     def no_network(*args, **keywords):

@@ -432,10 +432,10 @@ def forward_backward(net, criterion, keywords, views, labels, autocast, scaler, 
 # --- Run ---------------------------------------------------------------------------------------------------
 def start(args):
     """(device, rank, number of processes, precision): the best device, and torchrun's process group."""
-    there = [k for k in ("cuda", "mps", "cpu") if k == "cpu" or getattr(torch, k).is_available()]
-    kind = there[0] if args.device == "auto" else args.device
-    if kind not in there:
-        fail(f"--device {kind}: not available here, only {', '.join(there)}")
+    here = [k for k, v in dict(cuda=torch.cuda, mps=torch.backends.mps).items() if v.is_available()] + ["cpu"]
+    kind = here[0] if args.device == "auto" else args.device
+    if kind not in here:
+        fail(f"--device {kind}: not available here, only {', '.join(here)}")
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if args.batch_size % world or args.batch_size < 2 * world:
         fail(f"--batch-size {args.batch_size} does not divide into {world} parts of at least 2")
