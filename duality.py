@@ -155,15 +155,15 @@ def log_sum_exp(a, temperature, samples=None, similarity=lambda x: x):
     n, samples = len(a), samples or len(a)
     if samples < 2 or not temperature > 0:
         raise ValueError(f"log-sum-exp of {samples} rows at temperature {temperature}: needs > 1 and > 0")
-    def reduce(products, rows):
-        scores = similarity(products).div_(temperature)
+    def reduce(block, rows):
+        scores = similarity(gram(a) if block is a else block @ a.T).div_(temperature)
         for own in range(0, n, samples):  # detached, as the softmax of -inf, which is the gradient, is 0
             scores.detach()[rows - rows[0], own + rows % samples] = -math.inf
         return logsumexp(scores)
-    blocks = torch.arange(n, device=a.device).split(max(1, BLOCK // n))
+    blocks, rows = (x.split(max(1, BLOCK // n)) for x in (a, torch.arange(n, device=a.device)))
     if len(blocks) == 1:
-        return reduce(gram(a), blocks[0])
-    return torch.cat([checkpoint(lambda i: reduce(a[i] @ a.T, i), b, use_reentrant=False) for b in blocks])
+        return reduce(a, rows[0])
+    return torch.cat([checkpoint(reduce, *block, use_reentrant=False) for block in zip(blocks, rows)])
 
 def coding_rate(z, eps):
     # R(Z) = 1/2 logdet(I + D / (N eps^2) Z^T Z), the same of Z Z^T by Sylvester's identity
