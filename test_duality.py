@@ -191,7 +191,12 @@ def products(name, za, zb):
         return (c := a @ b.T) @ b, c.T @ a
     return a @ a.T @ a, b @ b.T @ b
 
-def benchmark(device, sizes, names, budget):
+def compiled(name):
+    torch.compiler.reset()  # it compiles `checked`, which all share, eight times at most
+    terms = torch.compile(CRITERIA[name].terms, dynamic=False)
+    return lambda *zs: sum(terms(*zs).values())
+
+def benchmark(device, sizes, names, budget, compile=False):
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"Loss and gradient in float32, torch {torch.__version__}, {where}"
           "\nduality.py: matrix made, median ms, peak MiB, relative error of value and gradient | published"
@@ -208,8 +213,10 @@ def benchmark(device, sizes, names, budget):
         work = n * d * (n if name in ("simclr", "dcl") else d)
         peers = [whose for criterion, whose in PUBLISHED if criterion == name and (  # others would take 15 s
             work < 15 * speeds.get((name, whose), math.inf) or (n, d) == (256, 8192))]
-        functions = CRITERIA[name], *(PUBLISHED[name, peer] for peer in peers)
-        steps = [partial(step, function, *leaves) for function in functions]
+        ours = compiled(name) if compile else CRITERIA[name]
+        steps = [partial(step, f, *leaves) for f in (ours, *(PUBLISHED[name, peer] for peer in peers))]
+        if compile:
+            steps[0]()
         times = median_ms([partial(products, name, *(z.detach() for z in leaves)), *steps], device, budget)
         found = []
         for run, ms in zip(steps, times[1:]):
@@ -252,8 +259,9 @@ if __name__ == "__main__" and "--worker" not in sys.argv:
     parser.add_argument("--sizes", nargs="+", metavar="NxD", type=lambda size: [*map(int, size.split("x"))],
                         default=[[n, d] for n in (256, 1024) for d in (512, 2048, 8192)])
     parser.add_argument("--seconds", type=float, default=0.4, help="of repeats, for each time measured")
+    parser.add_argument("--compile", action="store_true", help="the criteria of duality.py")
     args = parser.parse_args()
-    benchmark(args.device, args.sizes, args.criteria, args.seconds)
+    benchmark(args.device, args.sizes, args.criteria, args.seconds, args.compile)
     benchmark_views(args.seconds)
     raise SystemExit
 
