@@ -68,7 +68,7 @@ def with_gradient(value, gradient):
     return Function.apply
 
 # A A^T, (n, m) -> (n, n), by one product, not two; the rows' ||a_i||^2, log sum_j exp(a_ij), (n, m) -> (n,)
-gram = with_gradient(lambda a: a @ a.T, lambda a, g: torch.empty_like(g).copy_(g.T).add_(g) @ a)
+gram = with_gradient(lambda a: a @ a.T, lambda a, g: torch.empty_like(g).copy_(g.T).add_(g) @ a)  # g^T + g
 squared_norms = with_gradient(lambda a: (a * a).sum(1), lambda a, g: a * (2 * g)[:, None])
 logsumexp = with_gradient(lambda a: a.logsumexp(1), lambda a, g: a.softmax(1).mul_(g[:, None]))
 
