@@ -679,7 +679,7 @@ def test_lars_is_its_formula():
     weights = [torch.randn(5, 4), torch.zeros(3, 3), torch.randn(6)]
     params, lr, eta, decay = [w.clone().requires_grad_() for w in weights], 0.3, 0.02, 1e-2
     groups = [dict(params=params[:2], weight_decay=decay), dict(params=params[2:], adapt=False)]
-    optimizer = train.LARS(groups, lr)
+    optimizer = train.LARS(groups, lr, eta=eta)
     momenta = [torch.zeros_like(w) for w in weights]
     for scale in (1.0, 1e-4, 10.0):
         for i, p in enumerate(params):

@@ -375,7 +375,7 @@ class Model(nn.Module):
 
 class LARS(torch.optim.Optimizer):
     """SGD with momentum, its gradients, in groups with adapt, scaled to their weights (arXiv 1708.03888)."""
-    def __init__(self, params, lr, weight_decay=0.0, eta=0.02, adapt=True):
+    def __init__(self, params, lr, weight_decay=0.0, eta=1e-3, adapt=True):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, eta=eta, adapt=adapt))
     @torch.no_grad()
     def step(self):
