@@ -1125,6 +1125,12 @@ def test_train_and_evaluate_shapes_from_the_command_line(tmp_path):
     assert result.returncode == 0 and f"eval.py {tmp_path}/a run" in result.stderr, result.stderr
     assert_evaluates(tmp_path / "a run")
 
+def test_a_resnets_defaults_lower_the_loss_from_the_start(tmp_path):
+    line = "train.py --dataset shapes --arch resnet18 --image-size 8 --epochs 1 --device cpu --precision fp32"
+    assert program(f"{line} --out '{tmp_path}'")[0] == 0
+    losses = [record["loss"] for record in steps(tmp_path)]
+    assert statistics.mean(losses[-4:]) < statistics.mean(losses[3:7]) - 0.3, losses
+
 def test_plot(tmp_path, monkeypatch, refused):
     for seed, accuracies in enumerate(([10.0, 30.0, 50.0], [20.0, 50.0])):
         (run := tmp_path / f"{seed}").mkdir()
