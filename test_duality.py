@@ -277,6 +277,7 @@ import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image
 from hypothesis import given, settings, strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any
 import train
@@ -284,6 +285,8 @@ import eval as evaluation
 from eval import knn, linear_probe
 
 HERE = Path(__file__).parent
+ACCELERATORS = [name for name, backend in dict(cuda=torch.cuda, mps=torch.backends.mps).items()
+                if backend.is_available()]
 
 SHAPES = [(8, 5), (5, 12), (12, 12), (6, 30)]
 OTHER = dict(invariance=3.0, variance=2.0, covariance=0.7, repulsion=0.3, redundancy=0.1, temperature=0.07,
@@ -741,6 +744,48 @@ def test_readmes_loss_is_covered_by_the_tests(monkeypatch):
         assert all(x.isfinite().all() for x in step(space["frossl"], *zs))
     assert "frossl" in duality.CRITERIA and "frossl" not in CRITERIA
 
+# --- Other devices ------------------------------------------------------------------------------------------
+@pytest.fixture(params=ACCELERATORS or ["meta"])
+def same(request, monkeypatch):
+    """Checks that function(tensors, device) does there what it does here. Where there is no GPU, a stand-in
+    checks places and shapes: its tensors, which have no values, refuse to meet the CPU's."""
+    device = torch.device(request.param)
+    def check(function, *tensors):
+        there, here = (function([x.to(d) for x in tensors], d) for d in (device, torch.device("cpu")))
+        for x, y in zip(there, here, strict=True):
+            assert x.device.type == device.type and x.dtype == y.dtype and x.shape == y.shape
+            if device.type != "meta":
+                torch.testing.assert_close(x.cpu(), y, rtol=1e-4, atol=1e-5)
+    if device.type == "meta":
+        monkeypatch.setattr(torch, "autocast", lambda *args, **keywords: contextlib.nullcontext())
+    with FakeTensorMode() if device.type == "meta" else contextlib.nullcontext():
+        yield check
+
+@every_criterion
+@pytest.mark.parametrize("n, d", [(6, 30), (16, 5)])  # each log-sum-exp once whole, once in blocks
+def test_criteria_on_other_devices(name, n, d, monkeypatch, same):
+    monkeypatch.setattr(duality, "BLOCK", 200)
+    loss = lambda *zs: sum(CRITERIA[name].terms(*zs).values())
+    same(lambda zs, device: step(loss, *zs), *views(n, d, dtype=torch.float32))
+
+def test_views_on_other_devices(same):
+    recipe = train.Views(24, blur=0.5, solarise=0.5)
+    p = recipe.draw(6, 32, 40, generator=torch.Generator().manual_seed(0))
+    apply = lambda x, device: [recipe.to(device).apply(x[0], dict(zip(p, x[1:])))]
+    same(apply, pictures(6, 32, 40), *p.values())
+    same(lambda x, device: [recipe.to(device)(*x)[:, :, 0, 0] * 0], pictures(6, 32, 40))  # drawn there
+
+def test_lars_on_other_devices(same):
+    def two_steps(tensors, device):
+        params = [x.clone().requires_grad_() for x in tensors]
+        optimizer = train.LARS([dict(params=params[:2]), dict(params=params[2:], adapt=False)], 0.3)
+        for _ in range(2):
+            for p in params:
+                p.grad = 1 + p.detach()
+            optimizer.step()
+        return [p.detach() for p in params]
+    same(two_steps, torch.ones(5, 4), torch.zeros(3, 3), torch.ones(6))
+
 # --- Programs -----------------------------------------------------------------------------------------------
 TINY = "--image-size 8 --arch small --projector 16 --precision fp32 --device cpu --workers 0"
 KILLS = 20 if os.environ.get("DUALITY_LONG") else 3
@@ -1047,9 +1092,8 @@ def test_settings_may_be_given_in_parts():
 def test_what_is_not_there_is_named(run, refused, tmp_path, monkeypatch):
     refused(run("/dev/null/run"), "/dev/null/run")
     refused(run(tmp_path, 1, "--batch-size 41"), "--batch-size 41", "40")
-    for kind, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
-        if not module.is_available():
-            refused(run(tmp_path, 1, f"--device {kind}"), kind, "cpu")
+    for kind in {"cuda", "mps"}.difference(ACCELERATORS):
+        refused(run(tmp_path, 1, f"--device {kind}"), kind, "cpu")
     refused(run(tmp_path, 1, f"--data-dir {tmp_path}/none"), f"{tmp_path}/none", "--data-dir")
     def no_network(*args, **keywords):
         raise urllib.error.URLError("Name or service not known")
@@ -1113,15 +1157,17 @@ def test_streamed_images_replace_the_damaged_and_resume_the_same(damaged, run, m
 # --- From training to evaluation ----------------------------------------------------------------------------
 def assert_evaluates(out):
     for flag, name in (("", "eval.json"), ("--random-init", "eval-random-init.json")):
-        status, said = program(f"eval.py '{out}' --epochs 5 --device cpu {flag}")
+        status, said = program(f"eval.py '{out}' --epochs 5 {flag}")
         assert status == 0 and "Traceback" not in said, said
         result = json.loads((out / name).read_text())
         assert all(0 < result[key] <= 100 for key in ("linear_top1", "linear_top5", "knn_top1")), result
         assert result["linear_top1"] <= result["linear_top5"] and result["rankme"] >= 1
 
-def test_train_and_evaluate_shapes_from_the_command_line(tmp_path):
-    line = f"{HERE / 'train.py'} --dataset shapes --epochs 1 --batch-size 500 {TINY} --out '{tmp_path}/a run'"
-    result = subprocess.run([sys.executable, *shlex.split(line)], capture_output=True, text=True)
+@pytest.mark.parametrize("device", ["cpu", *(f"{kind} --precision auto" for kind in ACCELERATORS)])
+def test_train_and_evaluate_shapes_from_the_command_line(device, tmp_path):
+    line = f"{HERE}/train.py --dataset shapes --epochs 1 --batch-size 500 {TINY} --out '{tmp_path}/a run'"
+    command = [sys.executable, *shlex.split(f"{line} --device {device}")]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0 and f"eval.py {tmp_path}/a run" in result.stderr, result.stderr
     assert_evaluates(tmp_path / "a run")
 
