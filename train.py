@@ -21,7 +21,7 @@ DATASETS = {name: dict(arch=arch, epochs=epochs, image_size=size) for name, arch
     ("cifar10", "resnet18", 100, 32), ("cifar100", "resnet18", 100, 32), ("imagenet", "resnet50", 100, 224),
     ("folder", "resnet18", 100, 224), ("shapes", "small", 12, 32))}
 SMALL = dict(optimizer="adamw", lr=2e-3, weight_decay=1e-2, projector="512-512-512")
-RESNET = dict(optimizer="lars", lr=0.3, weight_decay=1e-4, projector="2048-2048-2048")
+RESNET = dict(optimizer="lars", lr=0.1, weight_decay=1e-4, projector="2048-2048-2048")
 RESNETS = [n for n in torchvision.models.list_models(torchvision.models) if re.match("(wide_)?resne(x)?t", n)]
 RESIDENT_BYTES = 4 * 2**30  # images that take up to this are held on the device, more are streamed
 
@@ -64,20 +64,20 @@ def parse_args(argv=None):
             add(flag, default=default, help=help, metavar=flag.split("-")[-1].upper(), **kind)
         return add
     group("criterion", ("--criterion", CRITERIA, "vicreg", f"default: vicreg; one of {', '.join(CRITERIA)}"),
-          ("--set", None, [], "its hyperparameters, such as temperature=0.15"))
+          ("--set", None, [], "hyperparameters, such as temperature=0.15; a wrong name lists all"))
     group("data: shapes, CIFAR, or image files DIR/train/CLASS/IMAGE and DIR/val/... or DIR/test/...",
           ("--dataset", DATASETS, "cifar10", f"default: cifar10; {', '.join(DATASETS)}"),
           ("--data-dir", str, None, "default: data; CIFAR is downloaded there"),
           ("--image-size", number(int, 8, 1024), None, "in pixels; default: 32, imagenet and folder 224"),
-          ("--views", None, [], "probabilities and strengths of the views, such as grey=0.1 blur=0.5"),
-          ("--workers", number(int, 0, 256), min(8, os.cpu_count()), "processes that read image files"))
+          ("--views", None, [], "probabilities and strengths, such as grey=0.1; a wrong name lists all"),
+          ("--workers", number(int, 0, 256), min(8, os.cpu_count()), "that read images; default: at most 8"))
     group("model, with a 3x3 stem without max-pool for images up to 64 pixels",
           ("--arch", ["small", *RESNETS], None, "small or torchvision's; default: resnet18, shapes small"),
           ("--projector", str, None, "layer widths; default: 2048-2048-2048, small 512-512-512"))
     group("optimisation", ("--epochs", number(int, 1), None, "default: 100, shapes 12"),
           ("--batch-size", number(int, 2), 256, "of all processes; default: 256"),
           ("--optimizer", ["lars", "sgd", "adamw"], None, "lars, sgd or adamw; default: lars, small adamw"),
-          ("--lr", number(float, 1e-9), None, "for batch 256, scaled unless adamw; default: 0.3, small 2e-3"),
+          ("--lr", number(float, 1e-9), None, "for batch 256, scaled unless adamw; default: 0.1, small 2e-3"),
           ("--weight-decay", number(float, 0), None, "default: 1e-4, small 0.01"),
           ("--warmup", number(float, 0, 1), 0.05, "share of the steps; default: 0.05"))
     add = group("running", ("--device", ["auto", "cuda", "mps", "cpu"], "auto", "auto, cuda, mps or cpu"),
@@ -374,23 +374,23 @@ class Model(nn.Module):
         return self.projector(features), self.probe(features.detach())
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum, its gradients, in groups with adapt, scaled to their weights (arXiv 1708.03888)."""
-    def __init__(self, params, lr, weight_decay=0.0, eta=1e-3, adapt=True):
+    """SGD with momentum; with adapt, gradients as long as eta times their weights (arXiv 1708.03888)."""
+    def __init__(self, params, lr, weight_decay=0.0, eta=0.02, adapt=True):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, eta=eta, adapt=adapt))
+        self.state |= {p: dict(momentum=torch.zeros_like(p)) for g in self.param_groups for p in g["params"]}
     @torch.no_grad()
     def step(self):
-        # g <- g + decay w;  g <- g min(1, eta |w| / lr |g|), if |w|, |g| > 0;  v <- 0.9 v + g;  w <- w - lr v
+        # g <- g + decay w;  g <- g eta |w| / |g|, if |w|, |g| > 0;  v <- 0.9 v + g;  w <- w - lr v
         for group in self.param_groups:
-            params, lr = [p for p in group["params"] if p.grad is not None], group["lr"]
+            params = [p for p in group["params"] if p.grad is not None]
             grads = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
             if group["adapt"]:
                 w, g = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, grads))
-                scale = torch.where((w > 0) & (g > 0), (group["eta"] / lr * w / g).clamp(max=1), 1)
-                torch._foreach_mul_(grads, list(scale.unbind()))
-            momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                torch._foreach_mul_(grads, torch.where((w > 0) & (g > 0), group["eta"] * w / g, 1).unbind())
+            momenta = [self.state[p]["momentum"] for p in params]
             torch._foreach_mul_(momenta, 0.9)
             torch._foreach_add_(momenta, grads)
-            torch._foreach_add_(params, momenta, alpha=-lr)
+            torch._foreach_add_(params, momenta, alpha=-group["lr"])
 
 def build_optimizers(args, model):
     """The network's optimiser, biases and norms exempt from decay and adaptation, and the online probe's."""
@@ -522,12 +522,12 @@ def train(args):
         save(out / "encoder.pt", model.encoder.state_dict())
         save(out / "checkpoint.pt", dict(settings=settings, step=done, log_bytes=log.tell(),
                                          state=[part.state_dict() for part in parts]))
-    def clock(part):  # only with --profile, as it waits for the device
+    def clock(part):
         nonlocal last
-        if args.profile:
+        if args.profile:  # only then does it wait for the device
             getattr(torch, device.type).synchronize()
-            before, last = last, time.perf_counter()
-            seconds[part] = seconds.get(part, 0) + last - before
+        before, last = last, time.perf_counter()
+        seconds[part] = seconds.get(part, 0) + last - before
     net, criterion = distribute(model, device), CRITERIA[args.criterion].terms
     if args.compile:
         net, criterion = torch.compile(net), torch.compile(criterion)
@@ -571,14 +571,14 @@ def train(args):
             write(step=step, epoch=step // steps_per_epoch, loss=sum(row[:-1]), **record)
         rate = len(rows) * args.batch_size / (time.perf_counter() - looked)
         seen = {k: v.item() for k, v in diagnose(embeddings).items()} if epoch_ends or done % 100 == 0 else {}
-        write(step=step, samples_per_s=rate, lr=group["lr"], damaged=len(data.damaged), **seen)
+        write(step=step, samples_per_s=rate, time=seconds, lr=group["lr"], damaged=len(data.damaged), **seen)
         if epoch_ends:
             write(epoch=step // steps_per_epoch, probe_test=(top1 := probe_accuracy(model, data, autocast)))
             test = f" (test {top1:.1f} %)"
         bar.update(done - bar.n)
         bar.set_postfix_str(f"loss {sum(row[:-1]):.4g}, probe {100 * row[-1]:.1f} %{test}, "
                             f"{rate:.0f} samples/s" + f", {len(data.damaged)} damaged" * bool(data.damaged))
-        rows, looked = [], time.perf_counter()
+        rows, seconds, last = [], {}, (looked := time.perf_counter())
         if writes and (stop or done == steps or looked - last_save >= args.save_every):
             save_all()
             last_save = time.perf_counter()
