@@ -36,7 +36,7 @@ def extract(model, data, split):
     model.eval()
     parts = []
     batches = -(-data.size[split] // 500)
-    for images, labels in tqdm(data.plain(split), f"{split} features", batches, leave=False):
+    for images, labels in tqdm(data.plain(split), f"{split} features", batches, leave=False, disable=None):
         features = model.encoder(images)
         parts.append((features, model.projector(features), labels))
     return [torch.cat(column) for column in zip(*parts)]
@@ -58,7 +58,7 @@ def linear_probe(train_x, train_y, test_x, test_y, classes, epochs=100, batch=10
     nn.init.zeros_(probe.bias)
     optimizer = torch.optim.AdamW(probe.parameters(), lr, weight_decay=1e-4)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(train_x) // batch))
-    for epoch in tqdm(range(epochs), "linear probe", leave=False):
+    for epoch in tqdm(range(epochs), "linear probe", leave=False, disable=None):
         order = torch.randperm(len(train_x), generator=train.generator("cpu", 0, epoch, 3)).to(train_x.device)
         for index in order.split(batch):
             F.cross_entropy(probe(train_x[index]), train_y[index]).backward()

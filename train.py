@@ -162,7 +162,7 @@ class Files(torchvision.datasets.ImageFolder):
         """(images (N, 3, S, S), labels (N,)) of all files; those that cannot be read are named together."""
         keys = [(i, None) for i in range(len(self))]
         loader = torch.utils.data.DataLoader(self, batch_size=500, sampler=keys, num_workers=workers)
-        crops, labels, damaged = zip(*tqdm(loader, "reading images", leave=False, delay=2))
+        crops, labels, damaged = zip(*tqdm(loader, "reading images", leave=False, delay=2, disable=None))
         if damaged := list(filter(None, sum(map(list, damaged), []))):
             fail(f"{len(damaged)} of {len(self)} images cannot be read: {', '.join(damaged)}")
         return torch.cat(crops)[:, 0], torch.cat(labels)
@@ -578,10 +578,10 @@ def train(args):
         bar.update(done - bar.n)
         bar.set_postfix_str(f"loss {sum(row[:-1]):.4g}, probe {100 * row[-1]:.1f} %{test}, "
                             f"{rate:.0f} samples/s" + f", {len(data.damaged)} damaged" * bool(data.damaged))
-        rows, seconds, last = [], {}, (looked := time.perf_counter())
-        if writes and (stop or done == steps or looked - last_save >= args.save_every):
+        if writes and (stop or done == steps or time.perf_counter() - last_save >= args.save_every):
             save_all()
             last_save = time.perf_counter()
+        rows, seconds, last = [], {}, (looked := time.perf_counter())
         if stop:
             fail(f"stopped and saved after step {done} of {steps}; the same command goes on", 128 + int(stop))
     bar.close()
