@@ -447,7 +447,7 @@ def start(args):
         libc.mallopt(-1, 2**31 - 1), libc.mallopt(-3, 2**25)  # trim at 2 GiB, all up to 32 MiB from the heap
     if world > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
+        atexit.register(dist.destroy_process_group), atexit.register(time.sleep, 0.1)  # else may hang
     fast = dict(cpu=getattr(torch.cpu, "_is_avx512_bf16_supported", bool), cuda=torch.cuda.is_bf16_supported)
     best = "bf16" if fast.get(kind, bool)() else "fp16" if kind == "cuda" else "fp32"
     return device, rank, world, best if args.precision == "auto" else args.precision
