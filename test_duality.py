@@ -4,7 +4,7 @@ PLAIN has each criterion, slowly, from its formula; PUBLISHED the code that peop
 operations. Then come the benchmark and the tests, in the order of duality.py.
 """
 import argparse, inspect, itertools, json, math, os, re, runpy, statistics, sys, tempfile, time
-from functools import partial
+from functools import cache, partial
 from unittest import mock
 
 import torch
@@ -717,6 +717,11 @@ def test_projector_is_the_papers():
     assert [type(m).__name__ for m in layers] == ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear"]
     assert [m.out_features for m in layers[::3]] == [32, 16, 8] and layers[-1].bias is None
 
+def test_small_images_have_a_3x3_stem_without_pooling():
+    for size, kernel, pool in ((64, (3, 3), torch.nn.Identity), (65, (7, 7), torch.nn.MaxPool2d)):
+        encoder = train.Model("resnet18", size, "8", 4).encoder
+        assert encoder.conv1.kernel_size == kernel and type(encoder.maxpool) is pool
+
 def test_probe_sends_no_gradient_back():
     model = train.Model("small", 32, "8", 4)
     model(torch.randn(4, 3, 32, 32))[1].sum().backward()
@@ -1153,6 +1158,138 @@ def test_streamed_images_replace_the_damaged_and_resume_the_same(damaged, run, m
     torch.testing.assert_close(batches[0][7:], resumed, rtol=0, atol=0)
     assert data[0].damaged == data[1].damaged == damaged[1] and not torch.equal(*batches[0][0][:2])
     assert torch.cat([labels for *_, labels in batches[0][:5]]).bincount().tolist() == [20, 20]
+
+# --- Training and evaluation, written out -------------------------------------------------------------------
+@pytest.mark.parametrize("held", (True, False))
+def test_an_epoch_has_each_image_once_in_two_views_of_it(held, monkeypatch, tmp_path):
+    for i, image in enumerate(pictures(20, 40, 24)):
+        image[0] = 10 * i  # red tells which it is
+        for path in (tmp_path / split / str(i % 2) / f"{i}.png" for split in ("train", "val")):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    if not held:
+        monkeypatch.setattr(train, "RESIDENT_BYTES", 0)
+    line = f"train.py --dataset folder --data-dir {tmp_path} --batch-size 6 --image-size 8 --workers 0"
+    def see(more):  # which images each of three epochs of three steps shows, and all different views of them
+        data, shown, seen = read(f"{line} --views flip=0 jitter=0 grey=0 {more}"), [], []
+        for *views, labels in data.batches(0, 9, 3):
+            first, second = (25.5 * (view * data.views.std + data.views.mean)[:, 0] for view in views)
+            which = first.mean((1, 2)).round()
+            assert all((x - which[:, None, None]).abs().max() < 0.1 for x in (first, second))
+            assert torch.equal(which % 2, labels)
+            shown, seen = [*shown, which], [*seen, *views]
+        return torch.stack(shown).view(3, 18), torch.cat(seen).flatten(1).unique(dim=0)
+    (epochs, pictures_seen), (others, _) = see(""), see("--seed 1")
+    assert all(len(epoch.unique()) == 18 for epoch in epochs) and len(pictures_seen) == 108
+    assert len(torch.cat((epochs, others)).unique(dim=0)) == 6  # orders
+    for crop in (0,) if held else (0, 1):  # one crop of each image, and files are cropped once
+        whole = see(f"crop={crop}")
+        assert len(whole[1]) == len(whole[0].unique())
+
+@cache
+def small_shapes(split):
+    seeds = dict(train=range(10), test=range(10, 14))[split]
+    images, labels = (torch.cat(column) for column in zip(*(train.shapes(500, seed) for seed in seeds)))
+    images = F.interpolate(images / 255, size=8, mode="bilinear", antialias=True)
+    return TF.normalize(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), labels
+
+def features_of(model, split):
+    """Features, embeddings, logits and labels of the shapes, by a model in evaluation."""
+    images, labels = small_shapes(split)
+    with torch.no_grad():
+        features = model.eval().encoder(images)
+        return features, model.projector(features), model.probe(features), labels
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run's folder; the model, the (loss, accuracy) of all steps and the test accuracies of its plain loop."""
+    out, rows, tests = tmp_path_factory.mktemp("plain"), [], []
+    line = (f"train.py --dataset shapes {TINY} --projector 32-16 --criterion simclr --set temperature=0.5 --epochs 4"
+            f" --optimizer sgd --lr 0.2 --weight-decay 0.01 --batch-size 2500 --warmup 0.2 --seed 3 --out {out}")
+    status, said = program(line)
+    assert status == 0, said
+    data = read(line)
+    torch.manual_seed(3)
+    model = train.Model("small", 8, "32-16", 8)
+    parameters = [*model.encoder.parameters(), *model.projector.parameters()]
+    weights, biases = ([p for p in parameters if (p.ndim > 1) is many] for many in (True, False))
+    main = torch.optim.SGD([dict(params=weights, weight_decay=0.01), dict(params=biases)], momentum=0.9)
+    probe = torch.optim.AdamW(model.probe.parameters(), 1e-2, weight_decay=0)
+    for step, (*views, labels) in enumerate(data.batches(0, 8, 2)):
+        for group in main.param_groups:
+            group["lr"] = 0.2 * 2500 / 256 * (
+                (step + 1) / 2 if step < 2 else (1 + math.cos(math.pi * (step - 2) / 6)) / 2)
+        embeddings, logits = model.train()(torch.cat(views))
+        loss, labels = duality.simclr(*embeddings.chunk(2), temperature=0.5), torch.cat((labels, labels))
+        (loss + F.cross_entropy(logits, labels)).backward()
+        for optimizer in (main, probe):
+            optimizer.step()
+            optimizer.zero_grad()
+        rows.append((loss.item(), (logits.argmax(1) == labels).double().mean().item()))
+        if step % 2:
+            *_, logits, labels = features_of(model, "test")
+            tests.append(100 * (logits.argmax(1) == labels).double().mean().item())
+    return out, model, rows, tests
+
+def test_a_run_is_its_plain_loop(plain):
+    out, model, rows, tests = plain
+    records = list(map(json.loads, open(out / "log.jsonl")))
+    found = [(record["loss"], record["probe_train"]) for record in steps(out)]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(rows), rtol=1e-4, atol=2e-3)
+    assert [r["probe_test"] for r in records if "probe_test" in r] == pytest.approx(tests, abs=0.2)
+    weights = checkpoint(out)["state"][0]
+    torch.testing.assert_close(weights, dict(model.state_dict()), rtol=1e-3, atol=1e-4)
+    for name, weight in torch.load(out / "encoder.pt").items():
+        assert torch.equal(weight, weights[f"encoder.{name}"])
+
+@pytest.mark.parametrize("precision", ("bf16", "fp16"))
+def test_a_run_in_half_precision_is_near_float32s(precision, run, tmp_path):
+    for p in (precision, "fp32"):
+        assert program(run(tmp_path / p, 2, f"--precision {p}"))[0] == 0
+    found, expected = ([record["loss"] for record in steps(tmp_path / p)] for p in (precision, "fp32"))
+    assert found != expected and found[-1] < found[0] - 2
+    assert found[:3] == pytest.approx(expected[:3], rel=5e-3)  # then fp16's scaler leaves out steps
+
+@pytest.mark.parametrize("trained", (True, False))
+def test_an_evaluation_is_its_plain_one(trained, plain):
+    out, model, *_ = plain
+    if not trained:
+        torch.manual_seed(3)
+        model = train.Model("small", 8, "32-16", 8)
+    line = f"{out} --device cpu --epochs 3 --k 7 {'' if trained else '--random-init'}"
+    found = evaluation.evaluate(out, evaluation.parse_args(shlex.split(line)))
+    (x, _, _, y), (test_x, z, _, test_y) = (features_of(model, split) for split in ("train", "test"))
+    rank = lambda spectrum: torch.special.entr(spectrum / spectrum.sum()).sum().exp()
+    expected = dict(rankme=rank(torch.linalg.svdvals(test_x)), rankme_embeddings=rank(torch.linalg.svdvals(z)))
+    votes, near = torch.zeros(2000, 8), (unit(test_x) @ unit(x).T).sort(descending=True)
+    for similarity, index in zip(near.values.T[:7], near.indices.T[:7]):
+        votes += F.one_hot(y[index], 8) * (similarity / 0.07).exp()[:, None]
+    expected["knn_top1"] = 100 * (votes.argmax(1) == test_y).double().mean()
+    expected["linear_top1"], expected["linear_top5"] = linear_probe(x, y, test_x, test_y, 8, epochs=3)
+    z = unit(z)
+    cosines, squares = (z @ z.T)[~torch.eye(2000, dtype=bool)], z.square().sum(0).square().sum()
+    expected.update(negative_mean=cosines.mean(), negative_variance_times_d=16 * cosines.var(),
+                    norms4_over_least=squares / (2000**2 / 16), norms4_greatest_over_least=16.0)
+    for name, value in expected.items():
+        share = name.endswith(("top1", "top5"))  # in %, of 2000 images
+        assert found[name] == pytest.approx(float(value), rel=1e-3, abs=0.2 if share else 1e-4), name
+    assert (found["steps"], found["k"], found["features"], found["embeddings"]) == (8 * trained, 7, 256, 16)
+
+def test_linear_probe_is_softmax_regression():
+    torch.manual_seed(0)
+    (x, test_x), (y, test_y) = 5 + torch.randn(2, 900, 20), torch.randint(0, 8, (2, 900))
+    x[range(900), y], test_x[range(900), test_y] = x[range(900), y] + 1, test_x[range(900), test_y] + 1
+    weights = torch.zeros(21, 8, requires_grad=True)
+    optimizer = torch.optim.AdamW([weights], weight_decay=1e-4)
+    ready = lambda z: F.pad((z - x.mean(0)) / x.std(0), (0, 1), value=1)
+    for epoch in range(12):
+        optimizer.param_groups[0]["lr"] = 0.03 * (1 + math.cos(math.pi * epoch / 12)) / 2
+        optimizer.zero_grad()
+        F.cross_entropy(ready(x) @ weights, y).backward()
+        optimizer.step()
+    ranks = (ready(test_x + 1) @ weights).argsort(1, descending=True) == test_y[:, None]
+    expected = [100 * ranks[:, :k].any(1).double().mean().item() for k in (1, 5)]
+    assert linear_probe(x, y, test_x + 1, test_y, 8, epochs=12) == pytest.approx(expected, abs=0.3)
 
 # --- From training to evaluation ----------------------------------------------------------------------------
 def assert_evaluates(out):
