@@ -1202,10 +1202,11 @@ def features_of(model, split):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A run's folder; the model, the (loss, accuracy) of all steps and the test accuracies of its plain loop."""
+    """A run's folder; of its plain loop the model, each step's (loss, accuracy), the test accuracies."""
     out, rows, tests = tmp_path_factory.mktemp("plain"), [], []
-    line = (f"train.py --dataset shapes {TINY} --projector 32-16 --criterion simclr --set temperature=0.5 --epochs 4"
-            f" --optimizer sgd --lr 0.2 --weight-decay 0.01 --batch-size 2500 --warmup 0.2 --seed 3 --out {out}")
+    line = (f"train.py --dataset shapes {TINY} --projector 32-16 --criterion simclr --set temperature=0.5"
+            f" --epochs 4 --batch-size 2500 --optimizer sgd --lr 0.2 --weight-decay 0.01 --warmup 0.2 --seed 3"
+            f" --out {out}")
     status, said = program(line)
     assert status == 0, said
     data = read(line)
@@ -1260,7 +1261,8 @@ def test_an_evaluation_is_its_plain_one(trained, plain):
     found = evaluation.evaluate(out, evaluation.parse_args(shlex.split(line)))
     (x, _, _, y), (test_x, z, _, test_y) = (features_of(model, split) for split in ("train", "test"))
     rank = lambda spectrum: torch.special.entr(spectrum / spectrum.sum()).sum().exp()
-    expected = dict(rankme=rank(torch.linalg.svdvals(test_x)), rankme_embeddings=rank(torch.linalg.svdvals(z)))
+    expected = {key: rank(torch.linalg.svdvals(values))
+                for key, values in (("rankme", test_x), ("rankme_embeddings", z))}
     votes, near = torch.zeros(2000, 8), (unit(test_x) @ unit(x).T).sort(descending=True)
     for similarity, index in zip(near.values.T[:7], near.indices.T[:7]):
         votes += F.one_hot(y[index], 8) * (similarity / 0.07).exp()[:, None]
