@@ -268,7 +268,7 @@ if __name__ == "__main__" and "--worker" not in sys.argv:
     raise SystemExit
 
 # --- The tests ----------------------------------------------------------------------------------------------
-import contextlib, multiprocessing, random, shlex, shutil, signal, subprocess, threading, urllib.error
+import contextlib, multiprocessing, pickle, random, shlex, shutil, signal, subprocess, threading, urllib.error
 from pathlib import Path
 import matplotlib.axes
 import numpy as np
@@ -1144,6 +1144,20 @@ def test_images_of_all_kinds_are_read(run, tmp_path):
         expected = torch.tensor((124, 124, 124) if "L" in name else (200, 100, 50))[:, None, None]
         assert name == "1.png" or (image - expected).abs().max() <= 6, name
 
+@pytest.mark.parametrize("name", ("cifar10", "cifar100"))
+def test_cifar_is_read_from_its_archive(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    kind, images, labels = getattr(torchvision.datasets, name.upper()), pictures(8), [*range(8)]
+    content = dict(data=images.flatten(1).numpy(), labels=labels, fine_labels=labels, coarse_labels=[0] * 8)
+    content[kind.meta["key"]] = [f"class {i}" for i in labels]
+    (folder := tmp_path / kind.base_folder).mkdir()
+    for file in (*(file for file, _ in kind.train_list + kind.test_list), kind.meta["filename"]):
+        (folder / file).write_bytes(pickle.dumps(content))
+    data = read(f"train.py --dataset {name} --data-dir {tmp_path}")
+    for (found, targets), files in zip(data.sets.values(), (kind.train_list, kind.test_list), strict=True):
+        assert torch.equal(found, images.repeat(len(files), 1, 1, 1))
+        assert targets.tolist() == labels * len(files)
+
 def test_damaged_images_and_empty_classes_are_named(damaged, run, refused, tmp_path):
     line = run(tmp_path / "run", 1, f"--data-dir {damaged[0]}")
     refused(line, *damaged[1])
@@ -1205,8 +1219,8 @@ def plain(tmp_path_factory):
     """A run's folder; of its plain loop the model, each step's (loss, accuracy), the test accuracies."""
     out, rows, tests = tmp_path_factory.mktemp("plain"), [], []
     line = (f"train.py --dataset shapes {TINY} --projector 32-16 --criterion simclr --set temperature=0.5"
-            f" --epochs 4 --batch-size 2500 --optimizer sgd --lr 0.2 --weight-decay 0.01 --warmup 0.2 --seed 3"
-            f" --out {out}")
+            f" --epochs 4 --batch-size 2500 --optimizer sgd --lr 0.2 --weight-decay 0.01 --warmup 0.2"
+            f" --seed 3 --out {out}")
     status, said = program(line)
     assert status == 0, said
     data = read(line)
