@@ -593,15 +593,14 @@ def test_gather_is_one_process_with_the_whole_batch(tmp_path):
     assert duality.gather(found) is found
 
 # --- Views --------------------------------------------------------------------------------------------------
-NEUTRAL = dict(flip=False, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0, grey=1.0, sigma=1e-3,
-               solarise=2.0)
+NEUTRAL = dict(brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0, grey=1.0, sigma=1e-3, solarise=2.0)
 
 def views_of(images, size, **wanted):
     """What train.Views makes of uint8 images with these parameters, in [0, 1]."""
     n, _, height, width = images.shape
     recipe = train.Views(size, blur=1.0, solarise=1.0)
     p = {**NEUTRAL, "top": 0.0, "left": 0.0, "height": float(height), "width": float(width), **wanted}
-    out = recipe.apply(images, {k: v if torch.is_tensor(v) else torch.tensor([v] * n) for k, v in p.items()})
+    out = recipe.apply(images, {k: torch.as_tensor(v).expand(n)[:, None] for k, v in p.items()})
     return out * recipe.std + recipe.mean
 
 def pictures(n=4, height=32, width=32):
@@ -617,8 +616,7 @@ def pictures(n=4, height=32, width=32):
     ("hue", (-0.5, -0.1, 0.07, 0.5), lambda x, v: TF.adjust_hue(x, v)),
     ("grey", (0.0, 1.0, 0.0, 1.0), lambda x, v: x if v else TF.rgb_to_grayscale(x, 3)),
     ("solarise", (1.0, 2.0, 1.0, 2.0), lambda x, v: TF.solarize(x, 0.5) if v == 1 else x),
-    ("sigma", (0.1, 0.5, 1.0, 2.0), lambda x, v: TF.gaussian_blur(x, 3, v)),
-    ("flip", (True, False, True, False), lambda x, v: TF.hflip(x) if v else x)))
+    ("sigma", (0.1, 0.5, 1.0, 2.0), lambda x, v: TF.gaussian_blur(x, 3, v))))
 def test_operation_is_torchvisions(name, values, function):
     images = pictures()
     found = views_of(images, 32, **{name: torch.tensor(values)})
@@ -635,6 +633,14 @@ def test_crop_is_torchvisions(box, height, width, size):
     expected = TF.resized_crop(images / 255, top, left, h, w, [size, size], antialias=True)
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-6)
 
+def test_flip_is_torchvisions():  # a negative width, from the right edge on
+    images = pictures(2)
+    left, width = torch.tensor([32.0, 27.0]), torch.tensor([-32.0, -17.0])
+    expected = [TF.hflip(TF.resized_crop(images / 255, 0, left, 32, w, [32, 32], antialias=True))[i]
+                for i, (left, w) in enumerate(((0, 32), (10, 17)))]
+    torch.testing.assert_close(views_of(images, 32, left=left, width=width), torch.stack(expected),
+                               rtol=0, atol=5e-6)
+
 def test_blur_reaches_further_in_larger_images():
     images = pictures(2, 64, 64)
     expected = TF.gaussian_blur(images / 255, 7, 1.5)
@@ -643,10 +649,13 @@ def test_blur_reaches_further_in_larger_images():
 def test_views_are_drawn_for_each_sample_in_the_ranges_set():
     images, recipe = pictures(1).expand(4000, -1, -1, -1), train.Views(32, blur=0.5, solarise=0.3)
     p = recipe.draw(4000, 32, 32, generator=torch.Generator().manual_seed(0))
-    area = p["height"] * p["width"] / 1024
+    assert abs((p["width"] < 0).double().mean() - 0.5) < 0.03  # flipped
+    edges = torch.cat((p["left"], p["left"] + p["width"]))
+    assert -1e-3 < edges.min() < 0.1 and 31.9 < edges.max() < 32.001
+    area = p["height"] * p["width"].abs() / 1024
     assert 0.15 < area.min() < 0.25 and area.max() <= 1 and abs(area.mean() - 0.6) < 0.03
-    assert ((p["top"] >= 0) & (p["top"] + p["height"] <= 32.001)).all() and p["left"].min() >= 0
-    for name, neutral, expected in (("flip", 0, 0.5), ("grey", 1, 0.2), ("solarise", 2, 0.3), ("hue", 0, 0.8),
+    assert ((p["top"] >= 0) & (p["top"] + p["height"] <= 32.001)).all()
+    for name, neutral, expected in (("grey", 1, 0.2), ("solarise", 2, 0.3), ("hue", 0, 0.8),
                                     ("brightness", 1, 0.8), ("contrast", 1, 0.8), ("saturation", 1, 0.8)):
         assert abs((p[name] != neutral).double().mean() - expected) < 0.03, name
     assert abs((p["sigma"] > 0.1).double().mean() - 0.5) < 0.03 and p["hue"].abs().max() <= 0.1

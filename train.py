@@ -254,34 +254,33 @@ def adjust_hue(planes, turn):
     """Turns the hue of planes (3, B, pixels), in place, by turn (B, 1) of a circle, as HSV has it."""
     # X = (max + min - 2 r) / c,  A = (g - b) / c,  c = max - min: a hue is a place on the edge of the square
     # -1 <= X, A <= 1, so 6 h = sign(A) (3/2 + X (3/2 - |A|)) without a case for each sextant, and back
-    # r = min - c + c clamp(|6 h - 3|, 1, 2),  g, b = max + c - c clamp(|6 h - (2, 4)|, 1, 2)
+    # r = min - c + 6 c clamp(|h - 1/2|, 1/6, 1/3),  g, b = max + c - 6 c clamp(|h - (1/3, 2/3)|, 1/6, 1/3)
     (r, g, b), high, low = planes, planes.amax(0), planes.amin(0)
     chroma = high - low
     inverse = chroma.clamp_min(1e-12).reciprocal_()
     a, x = (g - b).mul_(inverse), (high + low).sub_(r, alpha=2).mul_(inverse)
-    h = x.mul_(1.5 - a.abs()).add_(1.5).copysign_(a).mul_(1 / 6).add_(turn + 1).frac_().mul_(6)
+    h = torch.add(turn + 1, x.mul_(1.5 - a.abs()).add_(1.5).copysign_(a), alpha=1 / 6).frac_()
     low, high = low.sub_(chroma), high.add_(chroma)
-    for plane, base, centre, sign in ((r, low, 3, 1), (g, high, 2, -1), (b, high, 4, -1)):
-        torch.addcmul(base, (h - centre).abs_().clamp_(1, 2), chroma, value=sign, out=plane)
+    for plane, base, centre, factor in ((r, low, 1 / 2, 6), (g, high, 1 / 3, -6), (b, high, 2 / 3, -6)):
+        torch.addcmul(base, (h - centre).abs_().clamp_(1 / 6, 1 / 3), chroma, value=factor, out=plane)
     return planes
 
-def resampling(start, length, flip, size, out):
-    """Weights (B, out, size) that resize [start, start + length) of `size` pixels to `out`, antialiased."""
-    # w_oj = max(0, 1 - |j + 1/2 - c_o| / max(1, r)) / sum_j,  c_o = start + (o + 1/2) r,  r = length / out
-    start, length, flip = (p[:, None, None] for p in (start, length, flip))
+def resampling(start, length, size, out, total=1):
+    """Weights (B, out, size), of sum `total`, that resize, antialiased, [start, start + length), (B, 1)."""
+    # w_oj ~ max(0, s - |j + 1/2 - c_o|),  c_o = start + (o + 1/2) r,  r = length / out,  s = max(1, |r|)
     o, j = (torch.arange(n, device=start.device) + 0.5 for n in (out, size))
-    scale = (length / out).clamp_min(1)
-    centre = start + torch.where(flip, out - o[:, None], o[:, None]) * (length / out)
-    j = torch.where((j >= start) & (j <= start + length), j, math.inf)  # (B, 1, size)
-    weights = (1 - (j / scale - centre / scale).abs_()).clamp_min_(0)
-    return weights.mul_(1 / weights.sum(2, keepdim=True))
+    start, half, ratio = start[..., None], length[..., None] / 2, length[..., None] / out
+    j = j.masked_fill((j - (start + half)).abs_() > half.abs(), math.inf)  # (B, 1, size)
+    distances = (j - (start + o[:, None] * ratio)).abs_()
+    weights = (ratio.abs_().clamp_min_(1) - distances).clamp_min_(0)
+    return weights.mul_(total / weights.sum(2, keepdim=True))
 
 def blurring(sigma, size, radius):
-    """Weights (B, size, size) of a Gaussian blur of each sample's own sigma, edges reflected."""
+    """Weights (B, size, size) of a Gaussian blur of each sample's own sigma (B, 1), edges reflected."""
     # M_ij = sum of exp(-t^2 / 2 sigma^2) / sum_t, |t| <= radius, over the t with i + t reflected to j
     i, t = (torch.arange(low, high, device=sigma.device) for low, high in ((0, size), (-radius, radius + 1)))
     j = size - 1 - (size - 1 - (i[:, None] + t).abs()).abs()
-    weights = (-0.5 * (t / sigma[:, None]) ** 2).softmax(1)[:, None].expand(-1, size, -1)
+    weights = (-0.5 * (t / sigma) ** 2).softmax(1)[:, None].expand(-1, size, -1)
     return weights.new_zeros(len(sigma), size, size).scatter_add_(2, j.expand_as(weights), weights)
 
 class Views(nn.Module):
@@ -299,8 +298,8 @@ class Views(nn.Module):
         for name, values in dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)).items():  # ImageNet's
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
     def draw(self, n, height, width, device=None, generator=None):
-        """The parameters of n views, a dict of (n,) tensors."""
-        u = iter(torch.rand(15, n, device=device, generator=generator))
+        """The parameters of n views, a dict of (n, 1) tensors; a flipped view's width is negative."""
+        u = iter(torch.rand(15, n, 1, device=device, generator=generator))
         def uniform(low, high):
             return low + (high - low) * next(u)
         # area and aspect ratio as in RandomResizedCrop, but a side too long is cut, where that draws again
@@ -308,8 +307,9 @@ class Views(nn.Module):
         h, w = (area / ratio).sqrt().clamp(1, height), (area * ratio).sqrt().clamp(1, width)
         if not self.crop:
             h, w = torch.full_like(h, height), torch.full_like(w, width)
-        p = dict(height=h, width=w, top=next(u) * (height - h), left=next(u) * (width - w))
-        p["flip"], jitter = next(u) < self.flip, next(u) < self.jitter
+        top, left, flip = next(u) * (height - h), next(u) * (width - w), next(u) < self.flip
+        p = dict(top=top, height=h, left=torch.where(flip, left + w, left), width=torch.where(flip, -w, w))
+        jitter = next(u) < self.jitter
         for name in ("brightness", "contrast", "saturation"):
             p[name] = torch.where(jitter, 1 + uniform(-getattr(self, name), getattr(self, name)), 1)
         p["hue"] = torch.where(jitter, uniform(-self.hue, self.hue), 0)
@@ -319,24 +319,24 @@ class Views(nn.Module):
     def apply(self, images, p):
         """The views of uint8 images with the parameters p, each operation as torchvision defines it."""
         (n, _, height, width), size = images.shape, self.size
-        f = {name: value[:, None] for name, value in p.items()}
-        rows = resampling(p["top"], p["height"], torch.zeros_like(p["flip"]), height, size)
-        rows.mul_((p["brightness"] / 255)[:, None, None])
-        columns = resampling(p["left"], p["width"], p["flip"], width, size)
-        x = (images.float().reshape(n, -1, width) @ columns.mT).view(n, 3, height, size)
-        x = torch.stack([rows @ plane for plane in x.unbind(1)]).flatten(2)  # planes, (3, B, S S)
+        rows = resampling(p["top"], p["height"], height, size, p["brightness"][..., None] / 255)
+        columns = resampling(p["left"], p["width"], width, size)
+        images = (images.float().reshape(n, -1, width) @ columns.mT).view(n, 3, height, size)
+        x = images.new_empty(3, n, size * size)  # planes
+        for plane, image in zip(x.view(3, n, size, size), images.unbind(1)):
+            torch.bmm(rows, image, out=plane)
         if self.jitter:
             mean = luma(x.clamp_(0, 1).mean(2, keepdim=True))
-            x = x.mul_(f["contrast"]).add_((1 - f["contrast"]) * mean).clamp_(0, 1)
-            x = x.lerp_(luma(x).expand_as(x), 1 - f["saturation"]).clamp_(0, 1)
-            x = adjust_hue(x, f["hue"])
+            x = x.mul_(p["contrast"]).add_((1 - p["contrast"]) * mean).clamp_(0, 1)
+            x = x.lerp_(luma(x).expand_as(x), 1 - p["saturation"]).clamp_(0, 1)
+            x = adjust_hue(x, p["hue"])
         if self.grey:
-            x = x.lerp_(luma(x).expand_as(x), 1 - f["grey"])
+            x = x.lerp_(luma(x).expand_as(x), 1 - p["grey"])
         if self.blur:
             kernel = blurring(p["sigma"], size, radius=max(1, size // 20))
             x = (kernel @ x.view(3, n, size, size) @ kernel.mT).flatten(2)
         if self.solarise:
-            x = torch.minimum(x, f["solarise"] - x)  # 1 - x where x >= 1/2, or, where solarise is 2, x
+            x = torch.minimum(x, p["solarise"] - x)  # 1 - x where x >= 1/2, or, where solarise is 2, x
         return x.sub_(self.mean).mul_(1 / self.std).view(3, n, size, size).transpose(0, 1)
     def forward(self, images, generator=None, share=(0, 1)):
         """share (r, W): the images are part r of W of the batch that the generator draws parameters for."""
@@ -345,8 +345,8 @@ class Views(nn.Module):
         p = {name: value[share[0] * n:][:n] for name, value in p.items()}
         out = torch.empty(n, 3, self.size, self.size, device=device, memory_format=torch.channels_last)
         step = 64 if device.type == "cpu" else n  # what a CPU core's cache holds
-        for i in range(0, n, step):
-            out[i:i + step] = self.apply(images[i:i + step], {k: v[i:i + step] for k, v in p.items()})
+        for views, part, *values in zip(*(x.split(step) for x in (out, images, *p.values()))):
+            views.copy_(self.apply(part, dict(zip(p, values))))
         return out
 
 # --- Model and optimiser -----------------------------------------------------------------------------------
