@@ -265,15 +265,15 @@ def adjust_hue(planes, turn):
         torch.addcmul(base, (h - centre).abs_().clamp_(1 / 6, 1 / 3), chroma, value=factor, out=plane)
     return planes
 
-def resampling(start, length, size, out, total=1):
-    """Weights (B, out, size), of sum `total`, that resize, antialiased, [start, start + length), (B, 1)."""
+def resampling(start, length, size, out):
+    """Weights (..., out, size) of the antialiased resize of [start, start + length), (..., 1); see draw."""
     # w_oj ~ max(0, s - |j + 1/2 - c_o|),  c_o = start + (o + 1/2) r,  r = length / out,  s = max(1, |r|)
     o, j = (torch.arange(n, device=start.device) + 0.5 for n in (out, size))
     start, half, ratio = start[..., None], length[..., None] / 2, length[..., None] / out
-    j = j.masked_fill((j - (start + half)).abs_() > half.abs(), math.inf)  # (B, 1, size)
+    j = j.masked_fill((j - (start + half)).abs_() > half.abs(), math.inf)  # (..., 1, size)
     distances = (j - (start + o[:, None] * ratio)).abs_()
     weights = (ratio.abs_().clamp_min_(1) - distances).clamp_min_(0)
-    return weights.mul_(total / weights.sum(2, keepdim=True))
+    return weights.mul_(1 / weights.sum(-1, keepdim=True))
 
 def blurring(sigma, size, radius):
     """Weights (B, size, size) of a Gaussian blur of each sample's own sigma (B, 1), edges reflected."""
@@ -319,9 +319,10 @@ class Views(nn.Module):
     def apply(self, images, p):
         """The views of uint8 images with the parameters p, each operation as torchvision defines it."""
         (n, _, height, width), size = images.shape, self.size
-        rows = resampling(p["top"], p["height"], height, size, p["brightness"][..., None] / 255)
-        columns = resampling(p["left"], p["width"], width, size)
-        images = (images.float().reshape(n, -1, width) @ columns.mT).view(n, 3, height, size)
+        box = torch.stack([p[name] for name in ("top", "left", "height", "width")])
+        rows, columns = resampling(box[:2], box[2:], max(height, width), size)
+        rows = rows.mul_(p["brightness"][..., None] / 255)[..., :height]
+        images = (images.float().reshape(n, -1, width) @ columns[..., :width].mT).view(n, 3, height, size)
         x = images.new_empty(3, n, size * size)  # planes
         for plane, image in zip(x.view(3, n, size, size), images.unbind(1)):
             torch.bmm(rows, image, out=plane)
@@ -340,13 +341,12 @@ class Views(nn.Module):
         return x.sub_(self.mean).mul_(1 / self.std).view(3, n, size, size).transpose(0, 1)
     def forward(self, images, generator=None, share=(0, 1)):
         """share (r, W): the images are part r of W of the batch that the generator draws parameters for."""
-        n, (height, width), device = len(images), images.shape[2:], images.device
-        p = self.draw(n * share[1], height, width, device, generator)
-        p = {name: value[share[0] * n:][:n] for name, value in p.items()}
-        out = torch.empty(n, 3, self.size, self.size, device=device, memory_format=torch.channels_last)
-        step = 64 if device.type == "cpu" else n  # what a CPU core's cache holds
-        for views, part, *values in zip(*(x.split(step) for x in (out, images, *p.values()))):
-            views.copy_(self.apply(part, dict(zip(p, values))))
+        n, step = len(images), 64 if images.is_cpu else len(images)  # 64 are what a CPU core's cache holds
+        p = self.draw(n * share[1], *images.shape[2:], images.device, generator)
+        values = torch.stack(list(p.values()))[:, share[0] * n:][:, :n]
+        out = torch.empty(n, 3, self.size, self.size, device=images.device, memory_format=torch.channels_last)
+        for views, part, v in zip(out.split(step), images.split(step), values.split(step, 1)):
+            views.copy_(self.apply(part, dict(zip(p, v))))
         return out
 
 # --- Model and optimiser -----------------------------------------------------------------------------------
