@@ -259,10 +259,10 @@ def adjust_hue(planes, turn):
     chroma = high - low
     inverse = chroma.clamp_min(1e-12).reciprocal_()
     a, x = (g - b).mul_(inverse), (high + low).sub_(r, alpha=2).mul_(inverse)
-    h = torch.add(turn + 1, x.mul_(1.5 - a.abs()).add_(1.5).copysign_(a), alpha=1 / 6).frac_()
+    h = x.mul_(a.abs().neg_().add_(1.5)).add_(1.5).copysign_(a).mul_(1 / 6).add_(turn + 1).frac_()
     low, high = low.sub_(chroma), high.add_(chroma)
-    for plane, base, centre, factor in ((r, low, 1 / 2, 6), (g, high, 1 / 3, -6), (b, high, 2 / 3, -6)):
-        torch.addcmul(base, (h - centre).abs_().clamp_(1 / 6, 1 / 3), chroma, value=factor, out=plane)
+    for plane, base, at, six in ((r, low, 1 / 2, 6), (g, high, 1 / 3, -6), (b, high, 2 / 3, -6)):
+        torch.addcmul(base, torch.sub(h, at, out=a).abs_().clamp_(1 / 6, 1 / 3), chroma, value=six, out=plane)
     return planes
 
 def resampling(start, length, size, out):
