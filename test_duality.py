@@ -633,13 +633,13 @@ def test_crop_is_torchvisions(box, height, width, size):
     expected = TF.resized_crop(images / 255, top, left, h, w, [size, size], antialias=True)
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-6)
 
-def test_flip_is_torchvisions():  # a negative width, from the right edge on
+@pytest.mark.parametrize("size", (32, 12))
+def test_flip_is_torchvisions(size):  # a negative width, from the right edge on
     images = pictures(2)
-    left, width = torch.tensor([32.0, 27.0]), torch.tensor([-32.0, -17.0])
-    expected = [TF.hflip(TF.resized_crop(images / 255, 0, left, 32, w, [32, 32], antialias=True))[i]
-                for i, (left, w) in enumerate(((0, 32), (10, 17)))]
-    torch.testing.assert_close(views_of(images, 32, left=left, width=width), torch.stack(expected),
-                               rtol=0, atol=5e-6)
+    found = views_of(images, size, left=torch.tensor([32.0, 27.0]), width=torch.tensor([-32.0, -17.0]))
+    expected = [TF.hflip(TF.resized_crop(image / 255, 0, left, 32, width, [size, size], antialias=True))
+                for image, left, width in zip(images, (0, 10), (32, 17))]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=5e-6)
 
 def test_blur_reaches_further_in_larger_images():
     images = pictures(2, 64, 64)
@@ -648,13 +648,15 @@ def test_blur_reaches_further_in_larger_images():
 
 def test_views_are_drawn_for_each_sample_in_the_ranges_set():
     images, recipe = pictures(1).expand(4000, -1, -1, -1), train.Views(32, blur=0.5, solarise=0.3)
-    p = recipe.draw(4000, 32, 32, generator=torch.Generator().manual_seed(0))
+    p = recipe.draw(4000, 32, 48, generator=torch.Generator().manual_seed(0))
     assert abs((p["width"] < 0).double().mean() - 0.5) < 0.03  # flipped
-    edges = torch.cat((p["left"], p["left"] + p["width"]))
-    assert -1e-3 < edges.min() < 0.1 and 31.9 < edges.max() < 32.001
-    area = p["height"] * p["width"].abs() / 1024
-    assert 0.15 < area.min() < 0.25 and area.max() <= 1 and abs(area.mean() - 0.6) < 0.03
-    assert ((p["top"] >= 0) & (p["top"] + p["height"] <= 32.001)).all()
+    for start, length, side in (("top", "height", 32), ("left", "width", 48)):
+        edges = torch.cat((p[start], p[start] + p[length]))
+        assert -1e-3 < edges.min() < 0.1 and side - 0.1 < edges.max() < side + 1e-3
+    area, ratio = p["height"] * p["width"].abs() / (32 * 48), (p["width"].abs() / p["height"]).log()
+    assert 0.15 < area.min() < 0.25 and area.max() <= 1 and 0.5 < area.mean() < 0.6  # some are cut
+    free = ratio[p["height"] < 31.999]  # not cut; log-uniform between 3/4 and 4/3
+    assert -0.288 < free.min() < -0.27 and 0.27 < free.max() < 0.288 and ratio.max() <= math.log(1.5) + 1e-4
     for name, neutral, expected in (("grey", 1, 0.2), ("solarise", 2, 0.3), ("hue", 0, 0.8),
                                     ("brightness", 1, 0.8), ("contrast", 1, 0.8), ("saturation", 1, 0.8)):
         assert abs((p[name] != neutral).double().mean() - expected) < 0.03, name

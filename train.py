@@ -263,7 +263,6 @@ def adjust_hue(planes, turn):
     low, high = low.sub_(chroma), high.add_(chroma)
     for plane, base, at, six in ((r, low, 1 / 2, 6), (g, high, 1 / 3, -6), (b, high, 2 / 3, -6)):
         torch.addcmul(base, torch.sub(h, at, out=a).abs_().clamp_(1 / 6, 1 / 3), chroma, value=six, out=plane)
-    return planes
 
 def resampling(start, length, size, out):
     """Weights (..., out, size) of the antialiased resize of [start, start + length), (..., 1); see draw."""
@@ -330,7 +329,7 @@ class Views(nn.Module):
             mean = luma(x.clamp_(0, 1).mean(2, keepdim=True))
             x = x.mul_(p["contrast"]).add_((1 - p["contrast"]) * mean).clamp_(0, 1)
             x = x.lerp_(luma(x).expand_as(x), 1 - p["saturation"]).clamp_(0, 1)
-            x = adjust_hue(x, p["hue"])
+            adjust_hue(x, p["hue"])
         if self.grey:
             x = x.lerp_(luma(x).expand_as(x), 1 - p["grey"])
         if self.blur:
@@ -442,6 +441,7 @@ def start(args):
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # shapes are the same at every step
     if kind == "cpu" and sys.platform == "linux":  # asking the system for memory anew takes 1/5 of the time
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, 2**31 - 1), libc.mallopt(-3, 2**25)  # trim at 2 GiB, all up to 32 MiB from the heap
