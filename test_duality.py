@@ -1101,6 +1101,20 @@ def test_bad_flags_end_in_one_line(line, refused, tmp_path):
     said = refused(f"train.py --dataset shapes --device cpu --out {tmp_path / 'run'} {line}")
     assert any(word in said for word in re.split("[ =]", line)[-3:-1]) and not list(tmp_path.iterdir()), said
 
+def test_help_says_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["-h"])
+    options = re.sub(r"\s+", " ", capsys.readouterr().out.partition("criterion:\n")[2]).split(" --")
+    cases = {"default:": [], "shapes": ["--dataset", "shapes"], "imagenet": ["--dataset", "imagenet"],
+             "small": ["--arch", "small"]}
+    cases = {case: vars(train.parse_args(flags)) for case, flags in cases.items()}
+    told = [(option.split()[0].replace("-", "_"), *found) for option in options for found in re.findall(
+        f"({'|'.join(cases)})(?: and folder)? ([^ ,;]+)", option[option.find("default:"):])]
+    assert len(told) == 24
+    for name, case, value in told:
+        if name not in ("workers", "out"):  # these depend on the machine and the run
+            assert str(cases[case][name]) == value or cases[case][name] == float(value), (name, case)
+
 def test_settings_may_be_given_in_parts():
     args = train.parse_args("--set covariance=2 invariance=5 --views hue=0 --set covariance=4".split())
     assert args.set == dict(covariance=4, invariance=5) and args.views == dict(hue=0)

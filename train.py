@@ -71,8 +71,8 @@ def parse_args(argv=None):
           ("--image-size", number(int, 8, 1024), None, "in pixels; default: 32, imagenet and folder 224"),
           ("--views", None, [], "probabilities and strengths, such as grey=0.1; a wrong name lists all"),
           ("--workers", number(int, 0, 256), min(8, os.cpu_count()), "that read images; default: at most 8"))
-    group("model, with a 3x3 stem without max-pool for images up to 64 pixels",
-          ("--arch", ["small", *RESNETS], None, "small or torchvision's; default: resnet18, shapes small"),
+    group("model: small, or torchvision's ResNets, for images up to 64 pixels with a 3x3 stem, no max-pool",
+          ("--arch", ["small", *RESNETS], None, "default: resnet18, imagenet resnet50, shapes small"),
           ("--projector", str, None, "layer widths; default: 2048-2048-2048, small 512-512-512"))
     group("optimisation", ("--epochs", number(int, 1), None, "default: 100, shapes 12"),
           ("--batch-size", number(int, 2), 256, "of all processes; default: 256"),
