@@ -676,6 +676,12 @@ def test_shares_of_a_batch_are_the_batch():
     interleaved = images.to(memory_format=torch.channels_last)
     torch.testing.assert_close(recipe(interleaved, draw()), whole, rtol=0, atol=1e-5)
 
+def test_views_are_the_same_under_autocast():
+    images, recipe = pictures(3), train.Views(24, blur=0.5)
+    outside = recipe(images, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(recipe(images, torch.Generator().manual_seed(0)), outside)
+
 def test_images_without_augmentation_are_themselves():
     images, recipe = pictures(3), train.Views(32, crop=0, flip=0, jitter=0, grey=0)
     torch.testing.assert_close(recipe(images) * recipe.std + recipe.mean, images / 255, rtol=0, atol=1e-6)

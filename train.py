@@ -309,9 +309,8 @@ class Views(nn.Module):
         top, left, flip = next(u) * (height - h), next(u) * (width - w), next(u) < self.flip
         p = dict(top=top, height=h, left=torch.where(flip, left + w, left), width=torch.where(flip, -w, w))
         jitter = next(u) < self.jitter
-        for name in ("brightness", "contrast", "saturation"):
-            p[name] = torch.where(jitter, 1 + uniform(-getattr(self, name), getattr(self, name)), 1)
-        p["hue"] = torch.where(jitter, uniform(-self.hue, self.hue), 0)
+        for name, neutral in dict(brightness=1, contrast=1, saturation=1, hue=0).items():
+            p[name] = torch.where(jitter, neutral + getattr(self, name) * uniform(-1, 1), neutral)
         p["grey"] = torch.where(next(u) < self.grey, 0.0, 1.0)
         p["sigma"] = torch.where(next(u) < self.blur, uniform(0.1, 2), 1e-3)
         return dict(p, solarise=torch.where(next(u) < self.solarise, 1.0, 2.0))
@@ -344,8 +343,9 @@ class Views(nn.Module):
         p = self.draw(n * share[1], *images.shape[2:], images.device, generator)
         values = torch.stack(list(p.values()))[:, share[0] * n:][:, :n]
         out = torch.empty(n, 3, self.size, self.size, device=images.device, memory_format=torch.channels_last)
-        for views, part, v in zip(out.split(step), images.split(step), values.split(step, 1)):
-            views.copy_(self.apply(part, dict(zip(p, v))))
+        with torch.autocast(images.device.type, enabled=False):
+            for views, part, v in zip(out.split(step), images.split(step), values.split(step, 1)):
+                views.copy_(self.apply(part, dict(zip(p, v))))
         return out
 
 # --- Model and optimiser -----------------------------------------------------------------------------------
