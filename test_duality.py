@@ -653,8 +653,12 @@ def test_views_are_drawn_for_each_sample_in_the_ranges_set():
     for start, length, side in (("top", "height", 32), ("left", "width", 48)):
         edges = torch.cat((p[start], p[start] + p[length]))
         assert -1e-3 < edges.min() < 0.1 and side - 0.1 < edges.max() < side + 1e-3
+    assert (p["top"] >= 0).all() and (p["left"] + p["width"].clamp_max(0)).min() > -1e-5
     area, ratio = p["height"] * p["width"].abs() / (32 * 48), (p["width"].abs() / p["height"]).log()
-    assert 0.15 < area.min() < 0.25 and area.max() <= 1 and 0.5 < area.mean() < 0.6  # some are cut
+    square = recipe.draw(4000, 32, 32, generator=torch.Generator().manual_seed(0))
+    square_area = square["height"] * square["width"].abs() / 1024
+    assert 0.15 < area.min() < 0.25 and area.max() <= 1  # sides that are too long are cut
+    assert 0.15 < square_area.min() < 0.25 and square_area.max() <= 1 and abs(square_area.mean() - 0.6) < 0.03
     free = ratio[p["height"] < 31.999]  # not cut; log-uniform between 3/4 and 4/3
     assert -0.288 < free.min() < -0.27 and 0.27 < free.max() < 0.288 and ratio.max() <= math.log(1.5) + 1e-4
     for name, neutral, expected in (("grey", 1, 0.2), ("solarise", 2, 0.3), ("hue", 0, 0.8),
