@@ -1,160 +1,233 @@
-"""Evaluate runs of train.py on frozen features.
+"""Evaluate runs of train.py: what do frozen features know of the labels?
 
-    python eval.py runs/cifar10-vicreg                  # table, and runs/cifar10-vicreg/eval.json
-    python eval.py runs/cifar10-vicreg --random-init    # the untrained encoder, eval-random-init.json
-    python eval.py runs/* --plot runs.png               # the online probe's accuracy against epochs
-
-Linear probe (last epoch), weighted kNN, RankMe, proposition 3.1's statistics and lemma 3.4's bounds.
+python eval.py runs/cifar10-vicreg                  # a table, and runs/cifar10-vicreg/eval.json
+python eval.py runs/cifar10-vicreg --random-init    # the encoder before its training
+python eval.py runs/cifar10-vicreg --patches        # random patches, a baseline of no training
+python eval.py runs/* --plot runs.png               # the online probes' accuracies
 """
-import argparse, json, time
+
+import argparse
+import json
+import time
 from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
+
 import train
 from duality import diagnose, lemma_3_4, normalize, norms4
 
+
 def parse_args(argv=None):
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.error = lambda message: train.fail(f"{message} (-h lists the options)")
-    cli.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a folder that train.py --out wrote")
-    cli.add_argument("--random-init", action="store_true", help="evaluate the encoder before training")
-    cli.add_argument("--data-dir", metavar="DIR", help="default: the run's")
-    cli.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    cli.add_argument("--workers", type=train.number(int, 0, 256), default=4, metavar="N", help="default: 4")
-    cli.add_argument("--epochs", type=train.number(int, 1), default=100, metavar="N",
-                     help="of the linear probe; default: 100")
-    cli.add_argument("--k", type=train.number(int, 1), default=10, metavar="N",
-                     help="neighbours that vote; default: 10")
-    cli.add_argument("--plot", type=Path, metavar="FILE", help="only draw the accuracies; needs matplotlib")
-    return cli.parse_args(argv)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.error = lambda message: train.fail(f"{message} (-h lists the options)")
+    add = parser.add_argument
+    add("runs", type=Path, nargs="+", metavar="RUN", help="a folder that train.py has written")
+    which = parser.add_mutually_exclusive_group().add_argument
+    which("--random-init", action="store_true", help="evaluate the encoder before its training")
+    which("--patches", action="store_true", help="evaluate random whitened patches instead")
+    add("--data-dir", metavar="DIR", help="default: the run's")
+    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="default: auto")
+    workers = "processes that read files; default: one a core, at most 8"
+    add("--workers", type=int, default=train.cores(), metavar="N", help=workers)
+    add("--epochs", type=int, default=100, metavar="N", help="of the linear probe; default: 100")
+    add("--k", type=int, default=10, metavar="N", help="nearest neighbours; default: 10")
+    add("--plot", type=Path, metavar="FILE", help="only draw a picture; needs matplotlib")
+    args = parser.parse_args(argv)
+    if args.epochs < 1 or args.k < 1:
+        train.fail(f"--epochs {args.epochs} or --k {args.k}: not 1 or more")
+    return args
+
+
+# ---- Measures ------------------------------------------------------------------------------------
+
 
 @torch.no_grad()
-def extract(model, data, split):
-    """Features (N, F), embeddings (N, D) and labels (N,) of a split's images, not augmented, in float32."""
-    model.eval()
-    parts = []
-    batches = -(-data.size[split] // 500)
-    for images, labels in tqdm(data.plain(split), f"{split} features", batches, leave=False, disable=None):
-        features = model.encoder(images)
-        parts.append((features, model.projector(features), labels))
-    return [torch.cat(column) for column in zip(*parts)]
+def extract(encoder, data, split):
+    """Features (N, F), in float32, and labels (N,) of a set's images, not augmented."""
+    _, labels = data.sets[split]
+    features, done = None, 0  # of all images, one tensor: ImageNet's take half the memory
+    for images, _ in tqdm(data.plain(split), f"{split} features", leave=False, disable=None):
+        part = encoder(images)
+        if features is None:
+            features = part.new_empty(len(labels), part.shape[1])
+        features[done : done + len(part)] = part
+        done += len(part)
+    return features, labels
 
-def top(logits, labels, k):
-    """Share of the rows, in %, whose label is among the k highest logits."""
-    best = logits.topk(min(k, logits.shape[1])).indices
-    return 100 * (best == labels[:, None]).any(1).sum().item() / len(labels)
 
 def linear_probe(train_x, train_y, test_x, test_y, classes, epochs=100, batch=1000, lr=0.03):
-    """Last-epoch top-1 and top-5, in %, of a linear classifier on features standardised by the training set.
-
-    AdamW, cosine schedule, no augmentation, so that the features are computed once.
-    """
+    """Last epoch's top-1 and top-5, in %, of a linear classifier of standardised features."""
     mean, std = train_x.mean(0), train_x.std(0).clamp_min(1e-6)
-    train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
     probe = nn.Linear(train_x.shape[1], classes, device=train_x.device)
     nn.init.zeros_(probe.weight)
     nn.init.zeros_(probe.bias)
     optimizer = torch.optim.AdamW(probe.parameters(), lr, weight_decay=1e-4)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(train_x) // batch))
+    steps = epochs * -(-len(train_x) // batch)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for epoch in tqdm(range(epochs), "linear probe", leave=False, disable=None):
-        order = torch.randperm(len(train_x), generator=train.generator("cpu", 0, epoch, 3)).to(train_x.device)
+        draw = train.generator("cpu", 0, epoch, 3)
+        order = torch.randperm(len(train_x), generator=draw).to(train_x.device)
         for index in order.split(batch):
-            F.cross_entropy(probe(train_x[index]), train_y[index]).backward()
+            logits = probe((train_x[index] - mean) / std)
+            F.cross_entropy(logits, train_y[index]).backward()
             optimizer.step()
             optimizer.zero_grad()
             cosine.step()
-    logits = probe(test_x).detach()
-    return top(logits, test_y, 1), top(logits, test_y, 5)
+    with torch.no_grad():
+        logits = torch.cat([probe((x - mean) / std) for x in test_x.split(batch)])
+    best = logits.topk(min(5, classes)).indices == test_y[:, None]  # (N, 5)
+    return tuple(100 * best[:, :k].any(1).float().mean().item() for k in (1, 5))
+
 
 @torch.no_grad()
 def knn(train_x, train_y, test_x, test_y, classes, k=10, temperature=0.07):
-    """Top-1, in %, of the votes of the k nearest training features, weighted exp(cosine / temperature)."""
-    train_x, test_x, right = normalize(train_x), normalize(test_x), 0
-    for x, y in zip(test_x.split(500), test_y.split(500)):
-        near = (x @ train_x.T).topk(min(k, len(train_x)))
+    """Top-1, in %, of the votes of the k nearest features, weighted exp(cosine / temperature)."""
+    norms = train_x.norm(dim=1).clamp_min(1e-12)
+    right, chunk = 0, max(1, 2**27 // len(train_x))  # half a gigabyte of cosines at a time
+    for x, y in zip(test_x.split(chunk), test_y.split(chunk)):
+        cosines = (normalize(x) @ train_x.T).div_(norms)
+        nearest = cosines.topk(min(k, len(train_x)))
         votes = torch.zeros(len(x), classes, device=x.device)
-        votes.scatter_add_(1, train_y[near.indices], (near.values / temperature).exp())
+        votes.scatter_add_(1, train_y[nearest.indices], (nearest.values / temperature).exp())
         right += (votes.argmax(1) == y).sum().item()
     return 100 * right / len(test_x)
 
+
+class Patches(nn.Module):
+    """Random whitened patches of images as an encoder, not trained (Coates and Ng 2011)."""
+
+    def __init__(self, images, n=400, size=6):
+        super().__init__()
+        self.size = size
+        patches = self.cut(images).flatten(0, 1)
+        draw = train.generator("cpu", 0, 4)
+        patches = patches[torch.randperm(len(patches), generator=draw)[:100_000].to(images.device)]
+        # zero-phase whitening: W = V (E + eps)^-1/2 V^T, C = V E V^T
+        variances, directions = torch.linalg.eigh(patches.T.cov().cpu())
+        whiten = directions / (variances + 0.1).sqrt() @ directions.T
+        self.mean, self.whiten = patches.mean(0), whiten.to(images.device)
+        filters = normalize((patches[:n] - self.mean) @ self.whiten)  # (n, 3 size^2)
+        self.filters = self.whiten @ filters.T
+
+    def cut(self, images):
+        """All patches of images (B, 3, S, S), each of mean 0 and variance 1: (B, L, 3 size^2)."""
+        x = F.unfold(images, self.size).mT
+        return (x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True) + 0.01).sqrt()
+
+    def forward(self, images):
+        return torch.cat([self.features(part) for part in images.split(4)])
+
+    def features(self, images):
+        """How much patches resemble the filters and their negatives, in four quarters: (B, 8 n)."""
+        side = images.shape[2] - self.size + 1
+        x = ((self.cut(images) - self.mean) @ self.filters).mT.unflatten(2, (side, side))
+        pooled = [F.adaptive_avg_pool2d(F.relu(y - 0.5), 2) for y in (x, -x)]  # (B, n, 2, 2)
+        return torch.cat(pooled, 1).flatten(1)
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+
+
 def load(run):
     saved = train.load_checkpoint(run / "checkpoint.pt")
-    return saved or train.fail(f"{run}: no checkpoint.pt there; RUN is a folder that train.py --out wrote")
+    return saved or train.fail(f"{run}: no checkpoint.pt there; RUN is a folder of train.py's")
+
 
 def evaluate(run, args):
-    """The table, as a dict; asserts that the network, batch norms included, is bit-identical afterwards."""
+    """The table, a dict. The network is asserted to be bit-identical afterwards."""
     began, saved = time.time(), load(run)
-    settings = argparse.Namespace(**saved["settings"], device=args.device, workers=args.workers)
-    settings.compile = False
+    settings = argparse.Namespace(**saved["settings"])
+    settings.device, settings.workers = args.device, args.workers
     settings.data_dir = args.data_dir or settings.data_dir
-    settings.precision = "fp32"  # whatever the run's device could do
-    device, *_ = train.start(settings)
-    data = train.Data(settings, device)
+    settings.precision, settings.compile = "fp32", False
+    process = train.start(settings)
+    data = train.Data(settings, process)
     torch.manual_seed(settings.seed)
     model = train.Model(settings.arch, settings.image_size, settings.projector, data.classes)
-    if not args.random_init:
-        model.load_state_dict(saved["state"][0])
-    model.to(device, memory_format=torch.channels_last)
+    if args.random_init or args.patches:
+        saved["step"] = 0
+    else:
+        model.load_state_dict(saved["states"]["model"])
+    model.to(process.device, memory_format=train.memory_format(process.device)).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    train_x, _, train_y = extract(model, data, "train")
-    test_x, embeddings, test_y = extract(model, data, "test")
-    top1, top5 = linear_probe(train_x, train_y, test_x, test_y, data.classes, args.epochs)
-    nearest = knn(train_x, train_y, test_x, test_y, data.classes, args.k)
+    encoder = Patches(next(data.plain("train"))[0]) if args.patches else model.encoder
+    train_x, train_y = extract(encoder, data, "train")
+    test_x, test_y = extract(encoder, data, "test")
+    features = train_x, train_y, test_x, test_y, data.classes
+    top1, top5 = linear_probe(*features, args.epochs)
+    found = dict(criterion=settings.criterion, features=test_x.shape[1], steps=saved["step"])
+    found.update(linear_top1=top1, linear_top5=top5, knn_top1=knn(*features, args.k), k=args.k)
+    found.update(rankme=diagnose(test_x)["rankme"].item())
+    if not args.patches:
+        found.update(embedding_statistics(model, test_x, settings.batch_size))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    # a batch's embeddings, of norm 1: lemma 3.4 and proposition 3.1
-    z = normalize(embeddings[torch.randperm(len(embeddings))[:settings.batch_size].to(device)])
-    (n, d), seen = z.shape, diagnose(z)
-    least, greatest = lemma_3_4(n, d)
-    return dict(
-        linear_top1=top1, linear_top5=top5, knn_top1=nearest, rankme=diagnose(test_x)["rankme"].item(),
-        rankme_embeddings=diagnose(embeddings)["rankme"].item(), features=test_x.shape[1], embeddings=d,
-        negative_mean=seen["negative_mean"].item(),
-        negative_variance_times_d=seen["negative_variance"].item() * d,  # 1 by prop 3.1
-        norms4_over_least=norms4(z.T).item() / least, norms4_greatest_over_least=greatest / least,
-        criterion=settings.criterion, steps=0 if args.random_init else saved["step"], k=args.k,
-        seconds=time.time() - began)
+    return dict(found, seconds=time.time() - began)
+
+
+@torch.no_grad()
+def embedding_statistics(model, features, batch):
+    z = torch.cat([model.projector(part) for part in features.split(500)])
+    draw = train.generator("cpu", 0, 5)
+    x = normalize(z[torch.randperm(len(z), generator=draw)[:batch].to(z.device)])
+    n, d = x.shape
+    seen, (least, most) = diagnose(x), lemma_3_4(n, d)
+    found = dict(embeddings=d, rankme_embeddings=diagnose(z)["rankme"].item())
+    found.update(norms4_over_least=norms4(x.T).item() / least, norms4_most_over_least=most / least)
+    # proposition 3.1: 0 and 1
+    found.update(negative_mean=seen["negative_mean"].item())
+    return dict(found, negative_variance_times_d=d * seen["negative_variance"].item())
+
 
 def plot(runs, path):
-    """Draws the online probe's test accuracy against epochs, mean and range of each criterion's runs."""
+    """Draws test accuracies over minutes of training: each criterion's mean and range of runs."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         train.fail("--plot needs matplotlib: pip install matplotlib")
-    curves = {}
+    curves, lines = {}, {}
     for run in runs:
-        settings, log = load(run)["settings"], map(json.loads, (run / "log.jsonl").read_text().splitlines())
-        label = " ".join((settings["criterion"], *(f"{k}={v}" for k, v in settings["set"].items())))
-        accuracies = torch.tensor([record["probe_test"] for record in log if "probe_test" in record])
-        curves.setdefault(label, []).append(accuracies)
+        settings = load(run)["settings"]
+        pairs = [f"{name}={value}" for name, value in settings["set"].items()]
+        records = list(map(json.loads, (run / "log.jsonl").read_text().splitlines()))
+        minutes = torch.tensor([r.get("seconds", 0) / 60 for r in records]).cumsum(0)
+        tests = [(m, r["probe_test"]) for m, r in zip(minutes, records) if "probe_test" in r]
+        curves.setdefault(" ".join((settings["criterion"], *pairs)), []).append(torch.tensor(tests))
+        for name in ("random-init", "patches"):
+            if (run / f"eval-{name}.json").exists():
+                lines[name] = json.loads((run / f"eval-{name}.json").read_text())["linear_top1"]
     figure = Figure((6, 4), layout="constrained")
     axes = figure.subplots()
     for label, seeds in curves.items():
-        values = torch.stack([curve[:min(map(len, seeds))] for curve in seeds])
-        epochs = range(1, values.shape[1] + 1)
-        axes.plot(epochs, values.mean(0), ".-", label=label + f", mean of {len(seeds)}" * (len(seeds) > 1))
-        axes.fill_between(epochs, values.amin(0), values.amax(0), alpha=0.2)
-    axes.set(xlabel="epoch", ylabel="online linear probe, test top-1 (%)")
+        epochs = min(map(len, seeds))
+        minutes, values = torch.stack([curve[:epochs] for curve in seeds]).unbind(2)
+        axes.plot(minutes.mean(0), values.mean(0), ".-", label=f"{label}, {len(seeds)} run(s)")
+        axes.fill_between(minutes.mean(0), values.amin(0), values.amax(0), alpha=0.2)
+    for name, value in lines.items():
+        axes.axhline(value, color="grey", linestyle=":")
+        axes.annotate(f"{name}, offline probe", (0, value), va="bottom", fontsize="small")
+    axes.set(xlabel="minutes of training", ylabel="online linear probe, test top-1 (%)")
     axes.legend()
     try:
         figure.savefig(path, dpi=150)
     except ValueError as error:
         train.fail(f"--plot {path}: {error}")
 
+
 def main():
     args = parse_args()
-    try:
-        if args.plot:
-            return plot(args.runs, args.plot)
-        for run in args.runs:
-            result = evaluate(run, args)
-            for name, value in result.items():
-                print(f"{name:30}{value:.4g}" if isinstance(value, float) else f"{name:30}{value}")
-            name = "eval-random-init.json" if args.random_init else "eval.json"
-            train.save(run / name, json.dumps(result, indent=1).encode() + b"\n")
-    except OSError as error:
-        train.fail(f"a file cannot be written or read: {error}")
+    if args.plot:
+        return plot(args.runs, args.plot)
+    for run in args.runs:
+        found = evaluate(run, args)
+        for name, value in found.items():
+            print(f"{name:30}{value:.4g}" if isinstance(value, float) else f"{name:30}{value}")
+        suffix = "-random-init" if args.random_init else "-patches" if args.patches else ""
+        train.write_file(run / f"eval{suffix}.json", json.dumps(found, indent=1).encode())
+
 
 if __name__ == "__main__":
-    main()
+    train.run_program(main)
