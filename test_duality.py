@@ -1606,6 +1606,8 @@ def run_program(line, until=None, signal_number=None, **options):
     With signal_number its process group gets that signal as soon as until() is true.
     The process is forked from a server that has imported torch already.
     """
+    if os.name == "nt":
+        pytest.skip("needs POSIX's signals and a forkserver")
     output = Path(tempfile.mkstemp(dir=SCRATCH.name)[1])
     start_method = multiprocessing.get_start_method()
     context = multiprocessing.get_context("forkserver")
