@@ -2722,11 +2722,11 @@ def losses(out):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_run_in_half_precision_is_near_float32s(precision, train_command, tmp_path):
     for p in (precision, "fp32"):
-        run_to_the_end(train_command(tmp_path / p, 2, f"--precision {p}"))
+        run_to_the_end(train_command(tmp_path / p, 12, f"--precision {p}"))
     found, expected = losses(tmp_path / precision), losses(tmp_path / "fp32")
     assert found != expected
     assert found[-1] < found[0] - 2
-    assert found[:3] == pytest.approx(expected[:3], rel=5e-3)  # then fp16's scaler skips steps
+    assert found[0] == pytest.approx(expected[0], rel=5e-3)  # then fp16's scaler skips steps
 
 
 def plain_rankme(values):
