@@ -535,6 +535,8 @@ if __name__ == "__main__" and "--worker" not in sys.argv:
 
 # --- The tests -----------------------------------------------------------------------------------
 
+torch.set_num_threads(1)  # on a busy machine threads wait for each other at each operation
+
 HERE = Path(__file__).parent
 BACKENDS = {"cuda": torch.cuda, "mps": torch.backends.mps}
 ACCELERATORS = [name for name, backend in BACKENDS.items() if backend.is_available()]
@@ -786,7 +788,8 @@ def test_log_sum_exp(similarity, samples, block, monkeypatch):
     for i, x in enumerate(a):
         others = [y for j, y in enumerate(a) if (i - j) % samples]
         exact.append(sum((similarity(x @ y) / 0.3).exp() for y in others).log())
-    assert_equal(duality.log_sum_exp(a, 0.1, 3, samples, similarity), exact)
+    found = duality.log_sum_exp(a, 0.1, 3, n_samples=samples, similarity=similarity)
+    assert_equal(found, exact)
 
 
 @pytest.mark.parametrize(
@@ -1390,11 +1393,10 @@ def test_knn_and_linear_probe_know_clusters():
 
 
 def plain_frossl(za, zb):
+    """FroSSL of dimensions of mean 0 and norm 1."""
     za, zb = (standardized(z) / len(z) ** 0.5 for z in (za, zb))
-    loss = (za - zb).square().sum() / len(za)
-    for z in (za, zb):
-        loss = loss + (z.T @ z).square().sum().log()
-    return loss
+    repulsion = sum((z.T @ z).square().sum().log() for z in (za, zb))
+    return repulsion + (za - zb).square().sum() / len(za)
 
 
 def test_readmes_loss_is_covered_by_the_tests(monkeypatch):
@@ -1567,7 +1569,7 @@ def test_a_process_that_fails_says_its_rank(two_processes, monkeypatch, capsys):
 
 TINY = "--image-size 8 --arch small --projector 16-16 --precision fp32 --device cpu --workers 0"
 KILLS = 20 if os.environ.get("DUALITY_LONG") else 3
-EPOCHS = 20 * (KILLS + 1)
+EPOCHS = 12 * (KILLS + 1)
 STEPS = 5 * EPOCHS
 SCRATCH = tempfile.TemporaryDirectory()
 
@@ -1587,17 +1589,14 @@ def be_program(line, output, start_method, largest_file=0, streamed=False):
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.argv = shlex.split(line)
-    status = 0
     try:
         if streamed:
             train.RESIDENT_BYTES = 0
             train.run_program(train.main)
         else:
             runpy.run_path(str(HERE / sys.argv[0]), run_name="__main__")
-    except SystemExit as end:
-        status = end.code
-    atexit._run_exitfuncs()  # a process of multiprocessing's leaves them out
-    sys.exit(status)
+    finally:
+        atexit._run_exitfuncs()  # as a program does, but not a process of multiprocessing
 
 
 def run_program(line, until=None, signal_number=None, **options):
@@ -1687,9 +1686,9 @@ def assert_same_run(found_out, expected_out, tolerance=0.0):
     found, expected = found["states"], expected["states"]
     for name, weight in expected["model"].items():
         difference = (found["model"][name] - weight).double()
-        # a bias of batch norm starts at 0: it counts on the scale of what it is added to, about 1
-        scale = weight.double().norm().clamp_min(0.01 * weight.numel() ** 0.5)
-        assert difference.norm() <= tolerance * scale, name
+        if name.endswith(".bias"):  # a bias may begin at 0: its layer tells what is small
+            weight = expected["model"][name.replace(".bias", ".weight")]
+        assert difference.norm() <= tolerance * weight.double().norm(), name
     if not tolerance:
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
@@ -2091,7 +2090,7 @@ def test_processes_wait_for_downloads_longer_than_for_each_other(monkeypatch):
 def whole_run(train_command, tmp_path_factory):
     """The folder of a run that nothing interrupts."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    run_to_the_end(train_command(out, more="--save-every 0"))
+    run_to_the_end(train_command(out))
     return out
 
 
@@ -2100,7 +2099,7 @@ def test_killed_runs_go_on_to_the_same_weights(train_command, whole_run, tmp_pat
     line = train_command(out, more="--save-every 0")
     draw = random.Random(0)
     for _ in range(KILLS):
-        step = steps_seen(out) + draw.randrange(10, 50)
+        step = steps_seen(out) + draw.randrange(10, 40)
         status, output = run_until_step(step, line, out, signal.SIGKILL)
         assert status == -signal.SIGKILL, output
     # as if it had been killed while it wrote
@@ -2116,7 +2115,7 @@ def test_interrupted_runs_save_and_go_on_to_the_same_weights(train_command, whol
     draw = random.Random(1)
     step = 0
     for number, expected_status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        wanted_step = step + draw.randrange(5, 50)
+        wanted_step = step + draw.randrange(5, 40)
         status, output = run_until_step(wanted_step, line, tmp_path, number)
         step = load_checkpoint(tmp_path)["step"]
         assert status == expected_status, output
@@ -2131,19 +2130,19 @@ def test_interrupted_runs_save_and_go_on_to_the_same_weights(train_command, whol
 def test_an_interrupt_before_the_first_step_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(train, "load", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(SystemExit) as end:
-        train.run_program(lambda: train.main(["--dataset", "shapes", "--device", "cpu"]))
+        train.run_program(partial(train.main, ["--dataset", "shapes", "--device", "cpu"]))
     assert end.value.code == 130
     assert re.fullmatch(".*interrupted\n", capsys.readouterr().err)
 
 
 def test_a_signal_to_all_processes_does_not_end_the_workers_before_the_run(train_command, tmp_path):
     out = tmp_path / "run"
-    line = train_command(out, 40, "--workers 2")
+    line = train_command(out, 24, "--workers 2")
     status, output = run_until_step(12, line, out, signal.SIGTERM, streamed=True)
     assert status == 143, output
-    assert 12 <= load_checkpoint(out)["step"] < 200, output
+    assert 12 <= load_checkpoint(out)["step"] < 120, output
     run_to_the_end(line, streamed=True)
-    run_to_the_end(train_command(tmp_path / "whole", 40), streamed=True)
+    run_to_the_end(train_command(tmp_path / "whole", 24), streamed=True)
     assert_same_run(out, tmp_path / "whole")
 
 
@@ -2651,7 +2650,8 @@ def accuracy(logits, labels):
 
 def untrained_model():
     torch.manual_seed(3)
-    return train.Model("small", 8, "32-16", 8)
+    model = train.Model("small", 8, "32-16", 8)
+    return model.to(memory_format=torch.channels_last)  # as train.py's on a CPU
 
 
 def plain_optimizers(model):
@@ -2669,7 +2669,7 @@ def plain_learning_rate(step):
         factor = (step + 1) / 2
     else:
         factor = (1 + math.cos(math.pi * (step - 2) / 6)) / 2
-    return 0.05 * 2500 / 256 * factor
+    return 0.2 * 2500 / 256 * factor
 
 
 @pytest.fixture(scope="module")
@@ -2678,12 +2678,12 @@ def run_and_plain_loop(tmp_path_factory):
     out = tmp_path_factory.mktemp("plain")
     line = (
         f"train.py --dataset shapes {TINY} --projector 32-16 --criterion simclr"
-        " --set temperature=0.5 --epochs 4 --batch-size 2500 --optimizer sgd --lr 0.05"
+        " --set temperature=0.5 --epochs 4 --batch-size 2500 --optimizer sgd --lr 0.2"
         f" --weight-decay 0.01 --warmup 0.2 --seed 3 --out {out}"
     )
     run_to_the_end(line)
     data = make_data(line)
-    model = untrained_model().to(memory_format=torch.channels_last)  # so that it rounds alike
+    model = untrained_model()
     main, probe = plain_optimizers(model)
     rows, tests = [], []
     for step, (views, labels) in enumerate(data.batches(0, 8)):
@@ -2720,13 +2720,17 @@ def losses(out):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_run_in_half_precision_is_near_float32s(precision, train_command, tmp_path):
+def test_a_run_in_half_precision_is_near_float32s(precision, tmp_path):
     for p in (precision, "fp32"):
-        run_to_the_end(train_command(tmp_path / p, 12, f"--precision {p}"))
+        run_to_the_end(
+            f"train.py --dataset shapes {TINY} --projector 32-32 --batch-size 500 --warmup 0"
+            f" --epochs 1 --precision {p} --out {tmp_path / p}"
+        )
     found, expected = losses(tmp_path / precision), losses(tmp_path / "fp32")
     assert found != expected
     assert found[-1] < found[0] - 2
-    assert found[0] == pytest.approx(expected[0], rel=5e-3)  # then fp16's scaler skips steps
+    assert found[:3] == pytest.approx(expected[:3], rel=5e-3)
+    assert found == pytest.approx(expected, rel=1e-2)
 
 
 def plain_rankme(values):
