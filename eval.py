@@ -226,7 +226,7 @@ def main():
         for name, value in found.items():
             print(f"{name:30}{value:.4g}" if isinstance(value, float) else f"{name:30}{value}")
         suffix = "-random-init" if args.random_init else "-patches" if args.patches else ""
-        train.write_file(run / f"eval{suffix}.json", json.dumps(found, indent=1).encode())
+        (run / f"eval{suffix}.json").write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

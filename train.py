@@ -10,10 +10,8 @@ import argparse
 import atexit
 import ctypes
 import datetime
-import functools
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -22,8 +20,10 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,10 +48,10 @@ DATASETS = {
     "folder": dict(arch="resnet18", epochs=100, image_size=224),
     "shapes": dict(arch="small", epochs=12, image_size=32),
 }
-SMALL = dict(optimizer="adamw", lr=2e-3, weight_decay=1e-2, batch_size=128, grow=0.6)
-SMALL |= dict(projector="512-512-512")
-RESNET = dict(optimizer="lars", lr=0.1, weight_decay=1e-4, batch_size=256, grow=0.0)
-RESNET |= dict(projector="2048-2048-2048")
+SMALL = dict(projector="512-512-512", batch_size=128, optimizer="adamw", lr=2e-3)
+SMALL |= dict(weight_decay=1e-2, grow=0.6)
+RESNET = dict(projector="2048-2048-2048", batch_size=256, optimizer="lars", lr=0.1)
+RESNET |= dict(weight_decay=1e-4, grow=0.0)
 
 MODELS = torchvision.models.list_models(torchvision.models)
 ARCHS = ["small", *(name for name in MODELS if re.match("(wide_)?resne(x)?t", name))]
@@ -94,19 +94,16 @@ def parse_args(argv=None):
     add("--criterion", choices=CRITERIA, default="vicreg", help="default: vicreg")
     add("--set", **pairs, help="hyperparameters, as temperature=0.15; a wrong name lists them")
 
-    layout = "folder and imagenet have DIR/train/CLASS/IMAGE, DIR/val/... or DIR/test/..."
-    add = parser.add_argument_group("data", layout).add_argument
+    add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="cifar10", help="default: cifar10")
-    add("--data-dir", metavar="DIR", help="with the images; CIFAR is downloaded; default: data")
+    add("--data-dir", metavar="DIR", help="with DIR/train/CLASS/IMAGE, or CIFAR; default: data")
     add("--image-size", type=int, metavar="PIXELS", help="default: 32, imagenet and folder 224")
     add("--views", **pairs, help="of the augmentation, as grey=0.1; a wrong name lists them")
     add("--workers", type=int, metavar="N", help="that read files; default: the cores, at most 8")
 
-    stem = "torchvision's ResNets have a 3x3 stem without max-pool up to 64 pixels"
-    add = parser.add_argument_group("model", stem).add_argument
+    add = parser.add_argument_group("model").add_argument
     add("--arch", choices=ARCHS, help="default: resnet18, imagenet resnet50, shapes small")
-    projector = "widths of its layers; default: 2048-2048-2048, small 512-512-512"
-    add("--projector", metavar="N-N-N", help=projector)
+    add("--projector", metavar="N-N-N", help="default: 2048-2048-2048, small 512-512-512")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, metavar="N", help="default: 100, shapes 12")
@@ -114,9 +111,8 @@ def parse_args(argv=None):
     add("--optimizer", choices=["lars", "sgd", "adamw"], help="default: lars, small adamw")
     add("--lr", type=float, help="times batch size / 256 unless adamw; default: 0.1, small 2e-3")
     add("--weight-decay", type=float, metavar="WD", help="default: 1e-4, small 0.01")
-    warmup = "share of the steps in which the learning rate rises; default: 0.05"
-    add("--warmup", type=float, default=0.05, metavar="SHARE", help=warmup)
-    grow = "share of the steps, the first, on views of 5/8 of the size; default: 0, small 0.6"
+    add("--warmup", type=float, default=0.05, metavar="SHARE", help="of the steps; default: 0.05")
+    grow = "of the steps, the first, with views of 5/8 of the size; default: 0, small 0.6"
     add("--grow", type=float, metavar="SHARE", help=grow)
 
     add = parser.add_argument_group("running").add_argument
@@ -135,8 +131,6 @@ def parse_args(argv=None):
 
 def complete(args):
     """Adds the defaults that depend on other settings, and refuses what cannot work."""
-    if args.dataset == "shapes" and args.data_dir:
-        fail("--data-dir: shapes are made by the program, not read")
     defaults = dict(data_dir="data", workers=cores(), out=f"runs/{args.dataset}-{args.criterion}")
     defaults |= DATASETS[args.dataset]
     defaults |= SMALL if (args.arch or defaults["arch"]) == "small" else RESNET
@@ -151,7 +145,7 @@ def complete(args):
         fail(f"--projector {args.projector}: not a list of layer widths such as 2048-2048-512")
     args.set = keywords("--set", args.set, CRITERIA[args.criterion])
     args.views = keywords("--views", args.views, Views)
-    try:  # so that a value out of range is found now, not after the data are read
+    try:  # now, not after the data are read
         Views(8, **args.views)
         embeddings = torch.randn(2, 4, int(args.projector.split("-")[-1]))
         CRITERIA[args.criterion](*embeddings, **args.set)
@@ -167,18 +161,18 @@ def cores():
 
 def keywords(flag, pairs, function):
     """NAME=VALUE texts as keyword arguments of the function; its defaults tell their types."""
-    parameters = inspect.signature(function).parameters.items()
-    known = {name: p.default for name, p in parameters if p.default is not p.empty}
+    parameters = inspect.signature(function).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     found = {}
-    for name, _, text in (pair.partition("=") for pair in pairs):
+    for pair in pairs:
+        name, _, text = pair.partition("=")
         try:
-            found[name] = type(known[name])(text)
-            valid = isinstance(found[name], str) or math.isfinite(found[name])
+            found[name] = type(defaults[name])(text)
+            if not isinstance(found[name], str) and not math.isfinite(found[name]):
+                raise ValueError
         except (KeyError, ValueError):
-            valid = False
-        if not valid:
-            choices = ", ".join(f"{name}={default}" for name, default in known.items())
-            fail(f"{flag} {name}={text}: there is {choices}")
+            choices = ", ".join(f"{name}={default}" for name, default in defaults.items())
+            fail(f"{flag} {pair}: there is {choices}")
     return found
 
 
@@ -195,38 +189,32 @@ class Process:
     world: int = 1
     control: object = None  # a group that waits patiently, but notices if a process has died
 
-    def together(self, function, *args):
-        """function(*args) in every process. If one of them fails, all of them end."""
-        result = error = None
-        try:
-            result = function(*args)
-        except (OSError, SystemExit) as caught:
-            error = caught
-        if self.largest(int(error is not None)):
-            raise error or SystemExit(2)
-        return result
-
-    def largest(self, number):
+    def largest(self, number=0):
+        """The largest number of all processes. Ends this one if another has failed."""
         number = torch.tensor(number)
         if self.world > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.control)
+            try:
+                dist.all_reduce(number, dist.ReduceOp.MAX, group=self.control)
+            except RuntimeError:
+                raise SystemExit(1) from None  # the other process has said why
         return number.item()
 
     def share(self, value):
         """The first process's value, in all of them."""
         values = [value]
+        self.largest()
         if self.world > 1:
             dist.broadcast_object_list(values, group=self.control)
         return values[0]
-
-    def autocast(self):
-        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
 
     def mean(self, tensor):
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor / self.world
+
+    def autocast(self):
+        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
 
 
 def start(args):
@@ -246,8 +234,10 @@ def start(args):
         ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
     if world == 1:
         return Process(device, precision)
-    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, device_id=device_id)
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     control = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     return Process(device, precision, dist.get_rank(), world, control)
 
@@ -258,10 +248,9 @@ def choose_device(wanted, world):
         available.insert(0, "mps")
     if torch.cuda.is_available() and (world == 1 or dist.is_nccl_available()):
         available.insert(0, "cuda")
-    if wanted not in ("auto", *available):
-        names = ", ".join(available)
-        fail(f"--device {wanted}: not available here for {world} process(es), only {names}")
     kind = available[0] if wanted == "auto" else wanted
+    if kind not in available:
+        fail(f"--device {kind}: for {world} process(es) there is only {', '.join(available)}")
     return torch.device(kind, environment("LOCAL_RANK", 0) if kind == "cuda" else None)
 
 
@@ -287,7 +276,8 @@ def generator(device, *key):
 
 def shapes(n, seed, size=32):
     """uint8 images (n, 3, size, size), labels (n,): four copies of a shape, the rest random."""
-    draw, labels = generator("cpu", seed, 0, 9), torch.arange(n) % 8
+    draw = generator("cpu", seed, 0, 9)
+    labels = torch.arange(n) % 8
     axis = (torch.arange(2 * size) + 0.5) / size * 2 - 2  # at twice the resolution
     y, x = torch.meshgrid(axis, axis, indexing="ij")
 
@@ -295,16 +285,20 @@ def shapes(n, seed, size=32):
         return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=draw)
 
     def texture(low, high):
-        angle, frequency, amplitude = uniform(0, math.pi), uniform(2, 15), uniform(-0.2, 0.2, 3)
-        waves = (frequency * (angle.cos() * x + angle.sin() * y)).sin()[:, None]
-        return uniform(low, high, 3) + amplitude * waves
+        angle = uniform(0, math.pi)
+        frequency = uniform(2, 15)
+        amplitude = uniform(-0.2, 0.2, 3)
+        waves = (frequency * (angle.cos() * x + angle.sin() * y)).sin()
+        return uniform(low, high, 3) + amplitude * waves[:, None]
 
     images = texture(0, 0.5)
     for row, column in ((-1, -1), (-1, 1), (1, -1), (1, 1)):  # the quarters of the image
-        scale, tilt = uniform(0.4, 0.95), uniform(-0.5, 0.5)
-        u = (x - column - uniform(-0.4, 0.4)) / scale
-        v = (y - row - uniform(-0.4, 0.4)) / scale
-        u, v = tilt.cos() * u + tilt.sin() * v, tilt.cos() * v - tilt.sin() * u
+        scale = uniform(0.4, 0.95)
+        tilt = uniform(-0.5, 0.5)
+        right = (x - column - uniform(-0.4, 0.4)) / scale
+        down = (y - row - uniform(-0.4, 0.4)) / scale
+        u = tilt.cos() * right + tilt.sin() * down
+        v = tilt.cos() * down - tilt.sin() * right
         inside = shape_masks(u, v)[labels, torch.arange(n), None]
         images = torch.where(inside, texture(0.5, 1), images)
     images = torch.where(uniform(0, 1, 1) < 0.5, images, 1 - images)
@@ -312,69 +306,78 @@ def shapes(n, seed, size=32):
 
 
 def shape_masks(u, v):
-    """The points (u, v) that each of the eight shapes covers."""
-    radius, across, along = (u * u + v * v).sqrt(), u.abs(), v.abs()
-    inner, outer = torch.minimum(across, along), torch.maximum(across, along)
-    disc, ring = radius < 0.9, (radius < 1) & (radius > 0.6)
-    square, frame = outer < 0.8, (outer < 0.9) & (outer > 0.5)
-    triangle, cross = (v < 0.7) & (v > 2 * across - 0.9), (inner < 0.25) & (outer < 1)
-    bars, posts = (along > 0.3) & (outer < 0.9), (across > 0.3) & (outer < 0.9)
-    return torch.stack((disc, ring, square, frame, triangle, cross, bars, posts))
+    """The points (u, v) that each of the eight shapes covers, (8, n, ...)."""
+    radius = (u * u + v * v).sqrt()
+    inner = torch.minimum(u.abs(), v.abs())
+    outer = torch.maximum(u.abs(), v.abs())
+    masks = [
+        radius < 0.9,  # disc
+        (radius < 1) & (radius > 0.6),  # ring
+        outer < 0.8,  # square
+        (outer < 0.9) & (outer > 0.5),  # frame
+        (v < 0.7) & (v > 2 * u.abs() - 0.9),  # triangle
+        (inner < 0.25) & (outer < 1),  # cross
+        (v.abs() > 0.3) & (outer < 0.9),  # two bars
+        (u.abs() > 0.3) & (outer < 0.9),  # two posts
+    ]
+    return torch.stack(masks)
 
 
 class Files(torchvision.datasets.ImageFolder):
-    """Batches by (indices, seed): uint8 crops (k, B, 3, S, S), two random ones or, where seed is
-    None, the centre; labels (B,); the paths that cannot be read, which a grey image replaces."""
+    """Images on disk. By (indices, seed): uint8 crops (k, B, 3, S, S), two random ones or, where
+    seed is None, the centre; labels (B,)."""
 
     def __init__(self, folder, size, least_area):
         try:
             super().__init__(folder)
         except FileNotFoundError as error:  # no folder, no class, or a class without images
-            reason = str(error).splitlines()[0]
-            fail(f"{folder}: {reason}; --data-dir DIR has DIR/train/CLASS/IMAGE")
-        self.size, self.labels = size, torch.tensor(self.targets)
+            fail(f"{str(error).splitlines()[0]}; --data-dir DIR has DIR/train/CLASS/IMAGE")
+        self.size = size
+        self.labels = torch.tensor(self.targets)
         self.random_crop = RandomResizedCrop(size, (least_area or 1, 1))
 
     def __getitem__(self, key):
         indices, seed = key
-        batch, unreadable = [], []
-        for i in indices.tolist():
-            path, _ = self.samples[i]
-            try:
-                with Image.open(path) as file:
-                    file.draft("RGB", (2 * self.size, 2 * self.size))  # reads a large JPEG smaller
-                    image = file.convert("RGB")
-            except Exception:  # a damaged file makes PIL raise about anything
-                image = Image.new("RGB", (1, 1), "grey")
-                unreadable.append(path)
-            if seed is None:
-                crops = [ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR)]
-            else:
-                torch.manual_seed((seed * 1_000_003 + i) % 2**63)  # nothing else draws from it
-                crops = [self.random_crop(image), self.random_crop(image)]
-            batch.append(torch.stack([pil_to_tensor(crop) for crop in crops]))
-        return torch.stack(batch, 1), self.labels[indices], unreadable
+        crops = [self.crops(i, seed) for i in indices.tolist()]
+        return torch.stack(crops, 1), self.labels[indices]
+
+    def crops(self, i, seed):
+        path, _ = self.samples[i]
+        image = read_image(path, self.size)
+        if seed is None:
+            crops = [ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR)]
+        else:
+            torch.manual_seed((seed * 1_000_003 + i) % 2**63)  # nothing else draws from it
+            crops = [self.random_crop(image), self.random_crop(image)]
+        return torch.stack([pil_to_tensor(crop) for crop in crops])
 
     def stream(self, keys, workers, pin_memory=False):
         """Reads by one pool of processes, however often it is iterated."""
         options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory)
         if workers and sys.platform == "linux":
             options["multiprocessing_context"] = "fork"  # has imported torch already
-        ignore = functools.partial(on_signals, signal.SIG_IGN)  # the run ends its workers
+        ignore = partial(on_signals, signal.SIG_IGN)  # the run ends its workers
         return DataLoader(self, batch_size=None, sampler=keys, worker_init_fn=ignore, **options)
 
     def read_all(self, workers):
         """Images (N, 3, S, S) and labels (N,) of all files."""
         images = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
-        unreadable = []
-        keys = [(part, None) for part in torch.arange(len(self)).split(500)]
+        keys = [(indices, None) for indices in torch.arange(len(self)).split(500)]
         loader = tqdm(self.stream(keys, workers), "reading images", leave=False, disable=None)
-        for part, (crops, _, paths) in zip(images.split(500), loader):
+        for part, (crops, _) in zip(images.split(500), loader):
             part.copy_(crops[0])
-            unreadable += paths
-        if unreadable:
-            fail(f"{len(unreadable)} of {len(self)} images cannot be read: {', '.join(unreadable)}")
         return images, self.labels
+
+
+def read_image(path, size):
+    """The image in a file, or a grey one and a warning if it cannot be read."""
+    try:
+        with Image.open(path) as file:
+            file.draft("RGB", (2 * size, 2 * size))  # reads a large JPEG smaller
+            return file.convert("RGB")
+    except Exception:  # a damaged file makes PIL raise about anything
+        warnings.warn(f"{path} cannot be read: a grey image replaces it", stacklevel=1)
+        return Image.new("RGB", (1, 1), "grey")
 
 
 def on_signals(handler, worker=None):
@@ -407,14 +410,15 @@ def load(args):
 
 
 def load_in_turn(args, process):
-    """load(args): in the first process, then in one of each other node, then in the others."""
-    # So each node downloads once, and nodes that share a disk do not both write to it.
+    """load(args): in the first process, then in one of each other node, then in the others.
+
+    So each node downloads once, and nodes that share a disk do not both write to it.
+    """
     mine = 0 if process.rank == 0 else 1 if environment("LOCAL_RANK", 0) == 0 else 2
     for turn in range(3):
         if turn == mine:
-            sets = process.together(load, args)
-        else:
-            process.together(lambda: None)
+            sets = load(args)
+        process.largest()  # waits for the others
     return sets
 
 
@@ -425,13 +429,17 @@ class Data:
     """
 
     def __init__(self, args, process):
-        self.args, self.process = args, process
+        self.args = args
+        self.process = process
         self.sets = dict(zip(("train", "test"), load_in_turn(args, process)))
         images, labels = self.sets["train"]
-        self.classes, self.steps_per_epoch = 1 + int(labels.max()), len(labels) // args.batch_size
+        self.classes = 1 + int(labels.max())
+        self.steps_per_epoch = len(labels) // args.batch_size
+        if self.steps_per_epoch == 0:
+            fail(f"--batch-size {args.batch_size}: there are only {len(labels)} training images")
         self.views = Views(args.image_size, **args.views)
         self.whole = Views(args.image_size, crop=0, flip=0, jitter=0, grey=0)
-        self.loaders, self.unreadable = {}, set()
+        self.loaders = {}
         atexit.register(self.loaders.clear)  # ends their processes, which heed no signal
         if isinstance(images, Files):
             self.views.crop = 0  # files are cropped where they are read
@@ -441,30 +449,29 @@ class Data:
         if args.compile:
             self.views.apply = torch.compile(self.views.apply, dynamic=False)
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019
-    def order(self, epoch):
-        _, labels = self.sets["train"]
-        draw = generator("cpu", self.args.seed, epoch, 2)
-        return torch.randperm(len(labels), generator=draw).to(labels.device)
-
     def batches(self, first, steps):
         """Yields views (2B, 3, S, S), a's before b's, and labels (B,) of steps from first on."""
-        seed, process = self.args.seed, self.process
-        keys = ((self.indices(step), seed * 1_000_003 + step) for step in range(first, steps))
-        full_size = self.args.image_size
-        self.loaders.pop("train", None)  # whose keys were others
-        for step, (images, labels) in enumerate(self.fetch("train", keys), first):
-            grown = step >= self.args.grow * steps
-            self.views.image_size = full_size if grown else max(8, full_size * 5 // 8)
+        args = self.args
+        self.loaders.pop("train", None)  # whose steps were others
+        batches = self.fetch("train", self.keys(first, steps))
+        for step, (images, labels) in enumerate(batches, first):
+            small = step < args.grow * steps
+            self.views.image_size = max(8, args.image_size * 5 // 8) if small else args.image_size
+            draw = generator(self.process.device, args.seed, step)
             images = images.expand(2, -1, -1, -1, -1)
-            draw = generator(process.device, seed, step)
-            yield self.views(images, draw, process.rank, process.world), labels
+            yield self.views(images, draw, self.process.rank, self.process.world), labels
 
-    def indices(self, step):
-        """This process's share of a step's training images."""
-        epoch, i = divmod(step, self.steps_per_epoch)
-        batch = self.order(epoch)[i * self.args.batch_size :][: self.args.batch_size]
-        return batch.chunk(self.process.world)[self.process.rank]
+    def keys(self, first, steps):
+        """Yields the indices of this process's share of each step's images, and a seed."""
+        _, labels = self.sets["train"]
+        for step in range(first, steps):
+            epoch, i = divmod(step, self.steps_per_epoch)
+            if i == 0 or step == first:
+                draw = generator("cpu", self.args.seed, epoch, 2)
+                order = torch.randperm(len(labels), generator=draw).to(labels.device)
+            batch = order[i * self.args.batch_size :][: self.args.batch_size]
+            share = batch.chunk(self.process.world)[self.process.rank]
+            yield share, self.args.seed * 1_000_003 + step
 
     def plain(self, split, batch=500):
         """Yields (images, labels) of this process's share of a set, resized and normalised."""
@@ -483,10 +490,7 @@ class Data:
         device = self.process.device
         if split not in self.loaders:
             self.loaders[split] = images.stream(keys, self.args.workers, device.type == "cuda")
-        for crops, labels, paths in self.loaders[split]:
-            for path in set(paths) - self.unreadable:
-                say(f"{path} cannot be read: a grey image replaces it")
-            self.unreadable.update(paths)
+        for crops, labels in self.loaders[split]:
             yield crops.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
@@ -502,7 +506,8 @@ def luma(rgb):
 def adjust_hue(rgb, turn):
     """Turns the hue of planes (3, B, P), in place, by turn (B, 1) of a circle, as HSV has it."""
     red, green, blue = rgb
-    high, low = rgb.amax(0), rgb.amin(0)
+    high = rgb.amax(0)
+    low = rgb.amin(0)
     chroma = high - low
     scale = chroma.clamp_min(1e-12).reciprocal_()
     # With A = (green - blue) / chroma, the angle from red, in sixths of a circle, is |A| where red
@@ -513,7 +518,8 @@ def adjust_hue(rgb, turn):
     hue = sixths.mul_(1 / 6).add_(turn + 1).frac_()  # in [0, 1)
     # And back: red is low around 1/2, green high around 1/3, blue high around 2/3. Each changes by
     # chroma where hue is between 1/6 and 1/3 away from there.
-    below, above = low.sub_(chroma), high.add_(chroma)
+    below = low.sub_(chroma)
+    above = high.add_(chroma)
     planes = (red, below, 1 / 2, 6), (green, above, 1 / 3, -6), (blue, above, 2 / 3, -6)
     for plane, base, centre, slope in planes:
         away = (hue - centre).abs_().clamp_(1 / 6, 1 / 3)
@@ -527,7 +533,8 @@ def resampling(start, length, size, out):
     """
     # weight of pixel j in output o ~ max(0, s - |j + 1/2 - c_o|), s = max(1, |r|),
     # c_o = start + (o + 1/2) r, r = length / out
-    start, length = start[..., None], length[..., None]
+    start = start[..., None]
+    length = length[..., None]
     ratio = length / out
     pixels = torch.arange(size, device=start.device) + 0.5
     centres = start + (torch.arange(out, device=start.device)[:, None] + 0.5) * ratio
@@ -587,8 +594,10 @@ class Views:
         aspect = uniform(math.log(3 / 4), math.log(4 / 3)).exp()
         h = (area / aspect).sqrt().clamp(1, height) if self.crop else height + 0 * area
         w = (area * aspect).sqrt().clamp(1, width) if self.crop else width + 0 * area
-        top, left = uniform(0, 1) * (height - h), uniform(0, 1) * (width - w)
-        flip, jitter = chance(self.flip), chance(self.jitter)
+        top = uniform(0, 1) * (height - h)
+        left = uniform(0, 1) * (width - w)
+        flip = chance(self.flip)
+        jitter = chance(self.jitter)
         # a flipped view goes backwards from its right edge
         p = dict(top=top, height=h, left=left + flip * w, width=(1 - 2 * flip) * w)
         for name in ("brightness", "contrast", "saturation"):
@@ -631,10 +640,12 @@ class Views:
         The generator draws for the whole batch, so its views do not depend on the number of parts.
         """
         k, b, _, height, width = images.shape
-        n, size = k * b, self.image_size
+        n = k * b
+        size = self.image_size
         p = self.draw(n * world, height, width, images.device, generator)
         p = {name: p[name].view(k, world, b)[:, rank].reshape(n, 1) for name in p}
-        images, views = images.flatten(0, 1), torch.empty(n, 3, size, size, device=images.device)
+        images = images.flatten(0, 1)
+        views = torch.empty(n, 3, size, size, device=images.device)
         views = views.to(memory_format=memory_format(images.device))
         chunk = 64 if images.is_cpu else n  # a CPU core's cache holds 64
         with torch.autocast(images.device.type, enabled=False):
@@ -654,7 +665,8 @@ class Model(nn.Module):
         super().__init__()
         self.encoder, width = small() if arch == "small" else resnet(arch, image_size)
         self.probe = nn.Linear(width, classes)
-        layers, (*hidden, last) = [], map(int, projector.split("-"))
+        *hidden, last = map(int, projector.split("-"))
+        layers = []
         for n in hidden:
             layers += [nn.Linear(width, n, bias=False), nn.BatchNorm1d(n), nn.ReLU(True)]
             width = n
@@ -667,7 +679,8 @@ class Model(nn.Module):
 
 def small():
     """An encoder for CPUs, and its number of features."""
-    layers, width = [], 3
+    width = 3
+    layers = []
     for n in (32, 64, 128, 256):
         pool = nn.MaxPool2d(2, ceil_mode=True) if n < 256 else nn.Identity()
         convolution = nn.Conv2d(width, n, 3, padding=1, bias=False)
@@ -679,7 +692,8 @@ def small():
 def resnet(arch, image_size):
     """torchvision's ResNet, for small images with a 3x3 stem and no max-pool; its features."""
     encoder = torchvision.models.get_model(arch, weights=None)
-    features, encoder.fc = encoder.fc.in_features, nn.Identity()
+    features = encoder.fc.in_features
+    encoder.fc = nn.Identity()
     if image_size <= 64:
         encoder.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         encoder.maxpool = nn.Identity()
@@ -691,8 +705,9 @@ class LARS(torch.optim.Optimizer):
 
     def __init__(self, params, lr, weight_decay=0.0, eta=0.02, adapt=True):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, eta=eta, adapt=adapt))
-        for p in itertools.chain(*(group["params"] for group in self.param_groups)):
-            self.state[p]["momentum"] = torch.zeros_like(p)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
@@ -703,7 +718,8 @@ class LARS(torch.optim.Optimizer):
             g = torch._foreach_add([p.grad for p in w], w, alpha=group["weight_decay"])
             if group["adapt"]:
                 # g <- g eta |w| / |g|, unless one of them is 0
-                w_norms, g_norms = (torch.stack(torch._foreach_norm(tensors)) for tensors in (w, g))
+                w_norms = torch.stack(torch._foreach_norm(w))
+                g_norms = torch.stack(torch._foreach_norm(g))
                 ratios = group["eta"] * w_norms / g_norms
                 ratios = torch.where((w_norms > 0) & (g_norms > 0), ratios, 1)
                 torch._foreach_mul_(g, ratios.unbind())
@@ -718,7 +734,7 @@ def build_optimizers(args, model):
     params = [*model.encoder.parameters(), *model.projector.parameters()]
     weights = dict(params=[p for p in params if p.ndim > 1], weight_decay=args.weight_decay)
     others = dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0)
-    adamw = functools.partial(torch.optim.AdamW, fused=params[0].device.type != "mps")
+    adamw = partial(torch.optim.AdamW, fused=params[0].device.type != "mps")
     probe = adamw(model.probe.parameters(), 1e-2, weight_decay=0.0)
     if args.optimizer == "adamw":
         return adamw([weights, others], args.lr), probe
@@ -745,7 +761,7 @@ def distribute(model, device):
     else:  # torch has no SyncBatchNorm for CPUs
         for module in model.modules():
             if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                module.forward = functools.partial(batch_norm_of_all, module, module.forward)
+                module.forward = partial(batch_norm_of_all, module, module.forward)
     model = nn.parallel.DistributedDataParallel(model)
     model.broadcast_buffers = False  # batch norms already agree
     return model
@@ -796,32 +812,35 @@ class Run:
     """A run's folder, where the first process writes log.jsonl, checkpoint.pt and encoder.pt."""
 
     def __init__(self, args, data, parts):
-        self.args, self.data, self.parts = args, data, parts  # parts: by name, all that has a state
-        self.out, self.first = Path(args.out), data.process.rank == 0
+        self.args = args
+        self.data = data
+        self.parts = parts  # by name, all that has a state
+        self.out = Path(args.out)
+        self.first = data.process.rank == 0
         self.steps = args.epochs * data.steps_per_epoch
-        self.signal, self.test = 0, None  # that asks to stop; the last epoch's test accuracy
-        self.looked = self.saved = time.perf_counter()
+        self.signal = 0  # one that asks to stop
+        self.test = None  # the last epoch's test accuracy
+        self.looked = time.perf_counter()
+        self.saved = time.perf_counter()
 
-    def load(self):
-        """The first process's checkpoint, if there is one, of a run with the same settings."""
+    def resume(self):
+        """Continues from the first process's checkpoint, or begins. Returns the steps done."""
         saved = load_checkpoint(self.out / "checkpoint.pt") if self.first else None
         for name, value in vars(self.args).items():
             old = saved["settings"].get(name) if saved else value
             if old != value and name not in MAY_CHANGE:
                 fail(f"{self.out} has a run with {name} {old}, not {value}: name another --out")
-        return saved
-
-    def resume(self, saved):
-        """Continues from a checkpoint, or begins. Returns the number of steps done."""
-        if saved:
-            for name, part in self.parts.items():
-                if saved["states"][name]:  # a scaler has none unless the precision was fp16
-                    part.load_state_dict(saved["states"][name])
         if self.first:
             self.out.mkdir(parents=True, exist_ok=True)
             self.log = open(self.out / "log.jsonl", "ab", buffering=0)
             self.log.truncate(min(saved["log_bytes"], self.log.tell()) if saved else 0)
-        return saved["step"] if saved else 0
+        saved = self.data.process.share(saved)
+        if not saved:
+            return 0
+        for name, part in self.parts.items():
+            if saved["states"][name]:  # a scaler has none unless the precision was fp16
+                part.load_state_dict(saved["states"][name])
+        return saved["step"]
 
     def ask_to_stop(self, number, frame):
         self.signal = number
@@ -841,61 +860,52 @@ class Run:
         epoch_ends = done % self.data.steps_per_epoch == 0
         if epoch_ends:
             self.test = status["probe_test"] = probe_accuracy(self.parts["model"], self.data)
-        watched = za if epoch_ends or done % 100 == 0 else None
-        last = stop or done == self.steps
-        process.together(self.record, done, names, rows, watched, status, last)
+        if epoch_ends or done % 100 == 0:
+            status |= {name: value.item() for name, value in diagnose(za).items()}
+        if self.first:
+            self.record(done, names, rows, status)
+            waited = time.perf_counter() - self.saved
+            if stop or done == self.steps or waited >= self.args.save_every:
+                self.save(done)
+        process.largest()  # ends here if the first process could not save
         if stop:
             say(f"stopped and saved after step {done}; the same command resumes the run")
             raise SystemExit(128 + stop)
         self.looked = time.perf_counter()
-        loss, accuracy = sum(rows[-1][:-1]), 100 * rows[-1][-1]
+        *terms, accuracy = rows[-1]
         test = f" (test {self.test:.1f} %)" if self.test else ""
-        return f"loss {loss:.4g}, probe {accuracy:.1f} %{test}, {rate:.0f} samples/s"
+        return f"loss {sum(terms):.4g}, probe {100 * accuracy:.1f} %{test}, {rate:.0f} samples/s"
 
-    def record(self, done, names, rows, za, status, last):
-        """Writes steps, their status and za's diagnosis to the log, and in time the checkpoint."""
-        if not self.first:
-            return
+    def record(self, done, names, rows, status):
+        """Appends the last steps' values, and the status after them, to the log."""
         records = []
         for step, row in enumerate(rows, done - len(rows)):
             where = dict(step=step, epoch=step // self.data.steps_per_epoch)
-            records.append(where | dict(loss=sum(row[:-1])) | dict(zip(names, row)))
             for name, value in zip(names, row):
                 if not math.isfinite(value):
                     fail(f"{name} is {value} at step {step}; {self.out} keeps what it had", 1)
-        if za is not None:
-            status |= {name: value.item() for name, value in diagnose(za).items()}
+            records.append(dict(where, loss=sum(row[:-1]), **dict(zip(names, row))))
         records.append(where | status)
         self.log.write("".join(json.dumps(record) + "\n" for record in records).encode())
-        if last or time.perf_counter() - self.saved >= self.args.save_every:
-            self.save(done)
 
     def save(self, done):
         model = self.parts["model"]
         if not all(weight.isfinite().all() for weight in model.parameters()):
             fail(f"weights are not finite after step {done - 1}; {self.out} keeps what it had", 1)
-        os.fsync(self.log.fileno())
         states = {name: part.state_dict() for name, part in self.parts.items()}
         where = dict(settings=vars(self.args), step=done, log_bytes=self.log.tell())
-        write_file(self.out / "encoder.pt", to_bytes(model.encoder.state_dict()))
-        write_file(self.out / "checkpoint.pt", to_bytes(where | dict(states=states)))
+        write_file(self.out / "encoder.pt", model.encoder.state_dict())
+        write_file(self.out / "checkpoint.pt", dict(where, states=states))
         self.saved = time.perf_counter()
 
 
-def to_bytes(content):
+def write_file(path, content):
+    """Saves an object to a file, as a whole or not at all."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    return buffer.getvalue()
-
-
-def write_file(path, content):
-    """Writes bytes to a file, as a whole or not at all."""
     part = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        part.write_bytes(buffer.getbuffer())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -930,10 +940,6 @@ def probe_accuracy(model, data):
 def train(args):
     process = start(args)
     data = Data(args, process)
-    if data.steps_per_epoch == 0:
-        _, labels = data.sets["train"]
-        fail(f"--batch-size {args.batch_size}: there are only {len(labels)} training images")
-
     torch.manual_seed(args.seed)
     model = Model(args.arch, args.image_size, args.projector, data.classes)
     model.to(process.device, memory_format=memory_format(process.device))
@@ -941,15 +947,15 @@ def train(args):
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.precision == "fp16")
     run = Run(args, data, dict(model=model, main=main, probe=probe, scaler=scaler))
     net = distribute(model, process.device)
-    criterion = functools.partial(CRITERIA[args.criterion].terms, **args.set)
+    criterion = partial(CRITERIA[args.criterion].terms, **args.set)
     if args.compile:
-        net, criterion = torch.compile(net), torch.compile(criterion)
-    learn = functools.partial(update, net, criterion, (main, probe), scaler, process.autocast())
+        net = torch.compile(net)
+        criterion = torch.compile(criterion)
+    learn = partial(update, net, criterion, (main, probe), scaler, process.autocast())
     if args.profile:
-        args.grow = 0
-        return profile(args, learn, data.batches(0, 60))
+        return profile(learn, data)
 
-    done = process.together(run.resume, process.share(process.together(run.load)))
+    done = run.resume()
     if done >= run.steps:
         return say(f"{run.out} is complete; more --epochs resume the run")
     on_signals(run.ask_to_stop)
@@ -957,7 +963,8 @@ def train(args):
     place = f"{process.world} x {process.device.type} {process.precision}"
     say(f"{args.criterion}, {args.dataset}, {shape}, {place}, {run.out}")
     bar = tqdm(total=run.steps, initial=done, unit="step", disable=not run.first, mininterval=0.5)
-    rows, peak_lr = [], main.defaults["lr"]
+    peak_lr = main.defaults["lr"]
+    rows = []
     for step, (views, labels) in enumerate(data.batches(done, run.steps), done):
         for group in main.param_groups:
             group["lr"] = peak_lr * schedule(step, run.steps, args.warmup)
@@ -973,23 +980,17 @@ def train(args):
     say(f"{run.out}: online probe {run.test:.2f} % on test images; next: python eval.py {run.out}")
 
 
-def profile(args, learn, batches):
-    """Says how many samples a second 45 steps take, and where the time of 10 more goes."""
-
-    def run(steps):
-        start = time.perf_counter()
-        for views, labels in itertools.islice(batches, steps):
-            _, accuracy, _ = learn(views, labels)
-        accuracy.item()  # waits for the device
-        return steps * args.batch_size / (time.perf_counter() - start)
-
-    run(5)
-    rate = run(45)
+def profile(learn, data):
+    """Says where the time of 20 steps goes, after 10 that warm up."""
+    data.args.grow = 0
+    batches = data.batches(0, 30)
+    for _, (views, labels) in zip(range(10), batches):
+        learn(views, labels)
     with torch.profiler.profile() as profiler:
-        run(10)
+        for views, labels in batches:
+            learn(views, labels)
     order = "cuda_time_total" if torch.cuda.is_available() else "cpu_time_total"
     say(profiler.key_averages().table(order, 30, max_name_column_width=40))
-    say(f"{rate:.0f} samples/s, two views each, when not profiled")
 
 
 def main(argv=None):
