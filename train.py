@@ -196,7 +196,7 @@ class Process:
             try:
                 dist.all_reduce(number, dist.ReduceOp.MAX, group=self.control)
             except RuntimeError:
-                raise SystemExit(1) from None  # the other process has said why
+                fail("another process has ended", 1)
         return number.item()
 
     def share(self, value):
