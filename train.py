@@ -334,7 +334,7 @@ class Files(torchvision.datasets.ImageFolder):
             fail(f"{str(error).splitlines()[0]}; --data-dir DIR has DIR/train/CLASS/IMAGE")
         self.size = size
         self.labels = torch.tensor(self.targets)
-        self.random_crop = RandomResizedCrop(size, (least_area or 1, 1))
+        self.random_crop = RandomResizedCrop(size, (least_area, 1))
 
     def __getitem__(self, key):
         indices, seed = key
@@ -438,11 +438,11 @@ class Data:
         if self.steps_per_epoch == 0:
             fail(f"--batch-size {args.batch_size}: there are only {len(labels)} training images")
         self.views = Views(args.image_size, **args.views)
-        self.whole = Views(args.image_size, crop=0, flip=0, jitter=0, grey=0)
+        self.whole = Views(args.image_size, crop=1, flip=0, jitter=0, grey=0)
         self.loaders = {}
         atexit.register(self.loaders.clear)  # ends their processes, which heed no signal
         if isinstance(images, Files):
-            self.views.crop = 0  # files are cropped where they are read
+            self.views.crop = 1  # files are cropped where they are read
         else:
             for split, pair in self.sets.items():
                 self.sets[split] = [tensor.to(process.device) for tensor in pair]
@@ -507,23 +507,15 @@ def adjust_hue(rgb, turn):
     """Turns the hue of planes (3, B, P), in place, by turn (B, 1) of a circle, as HSV has it."""
     red, green, blue = rgb
     high = rgb.amax(0)
-    low = rgb.amin(0)
-    chroma = high - low
-    scale = chroma.clamp_min(1e-12).reciprocal_()
-    # With A = (green - blue) / chroma, the angle from red, in sixths of a circle, is |A| where red
-    # is highest (X = -1), 3 - |A| where it is lowest (X = 1), linear in X between. Its sign is A's.
-    a = (green - blue).mul_(scale)
-    x = (high + low).sub_(red, alpha=2).mul_(scale)
-    sixths = x.mul_(a.abs().neg_().add_(1.5)).add_(1.5).copysign_(a)
-    hue = sixths.mul_(1 / 6).add_(turn + 1).frac_()  # in [0, 1)
-    # And back: red is low around 1/2, green high around 1/3, blue high around 2/3. Each changes by
-    # chroma where hue is between 1/6 and 1/3 away from there.
-    below = low.sub_(chroma)
-    above = high.add_(chroma)
-    planes = (red, below, 1 / 2, 6), (green, above, 1 / 3, -6), (blue, above, 2 / 3, -6)
-    for plane, base, centre, slope in planes:
-        away = (hue - centre).abs_().clamp_(1 / 6, 1 / 3)
-        torch.addcmul(base, away, chroma, value=slope, out=plane)
+    chroma = high - rgb.amin(0)
+    # hue in sixths of a circle, times chroma: 0 + g - b, 2 + b - r or 4 + r - g by which is highest
+    green_or_blue = torch.where(high == green, blue - red + 2 * chroma, red - green + 4 * chroma)
+    sixths = torch.where(high == red, green - blue, green_or_blue)
+    hue = (sixths / chroma.clamp_min(1e-12)).mul_(1 / 6).add_(turn + 2)
+    # a plane is high - chroma clamp(2 - d, 0, 1), d sixths away from where it is low
+    for plane, turned in zip(rgb, (5 / 6, 3 / 6, 1 / 6)):
+        away = (hue + turned).frac_().mul_(6).sub_(2).abs_()
+        torch.addcmul(high, chroma, away.sub_(2).clamp_(-1, 0), out=plane)
 
 
 def resampling(start, length, size, out):
@@ -559,7 +551,7 @@ def blurring(sigma, size):
 class Views:
     """Random views of uint8 images, normalised; each sample's parameters are drawn on their own.
 
-    All in [0, 1]: crop is the least share of the area, 0 for the whole image; flip, jitter, grey,
+    All in [0, 1]: crop is the least share of the area, 1 for the whole image; flip, jitter, grey,
     blur and solarise are probabilities; brightness to hue are the jitter's strengths, in order.
     """
 
@@ -583,19 +575,23 @@ class Views:
     def draw(self, n, height, width, device=None, generator=None):
         """The parameters of n views, a dict of (n, 1) tensors."""
 
-        def uniform(low, high):
-            return low + (high - low) * torch.rand(n, 1, device=device, generator=generator)
+        def uniform(low, high, draws=1):
+            return low + (high - low) * torch.rand(n, draws, device=device, generator=generator)
 
         def chance(probability):
             return (uniform(0, 1) < probability).float()
 
-        # as torchvision's RandomResizedCrop, but a side that is too long is cut, not drawn again
-        area = uniform(self.crop, 1) * height * width
-        aspect = uniform(math.log(3 / 4), math.log(4 / 3)).exp()
-        h = (area / aspect).sqrt().clamp(1, height) if self.crop else height + 0 * area
-        w = (area * aspect).sqrt().clamp(1, width) if self.crop else width + 0 * area
-        top = uniform(0, 1) * (height - h)
-        left = uniform(0, 1) * (width - w)
+        # torchvision's RandomResizedCrop: the first of ten sizes that fits, or the whole image
+        area = uniform(self.crop, 1, 10) * height * width
+        aspect = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
+        h = F.pad((area / aspect).sqrt().round(), (0, 1), value=height)
+        w = F.pad((area * aspect).sqrt().round(), (0, 1), value=width)
+        fits = (h <= height) & (w <= width) & (h * w > 0)
+        first = fits.byte().argmax(1, keepdim=True)
+        h = h.gather(1, first)
+        w = w.gather(1, first)
+        top = (uniform(0, 1) * (height - h + 1)).floor()
+        left = (uniform(0, 1) * (width - w + 1)).floor()
         flip = chance(self.flip)
         jitter = chance(self.jitter)
         # a flipped view goes backwards from its right edge
