@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from duality import CRITERIA, Gather, diagnose, gather
 
-# What a run does where the command line is silent. LARS and SGD scale lr by batch size / 256.
+# Defaults by dataset, then by size of network.
 DATASETS = {
     "cifar10": dict(arch="resnet18", epochs=100, image_size=32),
     "cifar100": dict(arch="resnet18", epochs=100, image_size=32),
@@ -74,10 +74,12 @@ def say(message):
 
 
 def fail(message, status=2):
-    """Ends this process with one line; before the processes have met, with one line a node."""
+    """Ends this process with one line. Before the processes have met, each node prints one."""
     if dist.is_initialized() or environment("LOCAL_RANK", 0) == 0:
         rank = f"rank {environment('RANK', 0)}: " if environment("WORLD_SIZE", 1) > 1 else ""
         tqdm.write(f"{Path(sys.argv[0]).name}: {rank}{message}", sys.stderr)
+    if dist.is_initialized():
+        os._exit(status)  # an ordinary exit could wait for the other processes
     raise SystemExit(status)
 
 
@@ -92,14 +94,16 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("criterion").add_argument
     add("--criterion", choices=CRITERIA, default="vicreg", help="default: vicreg")
-    add("--set", **pairs, help="hyperparameters, as temperature=0.15; a wrong name lists them")
+    add("--set", **pairs, help="hyperparameters, e.g. temperature=0.15; a wrong name lists all")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="cifar10", help="default: cifar10")
-    add("--data-dir", metavar="DIR", help="with DIR/train/CLASS/IMAGE, or CIFAR; default: data")
+    add("--data-dir", metavar="DIR", help="holds train/CLASS/IMAGE, or CIFAR; default: data")
     add("--image-size", type=int, metavar="PIXELS", help="default: 32, imagenet and folder 224")
-    add("--views", **pairs, help="of the augmentation, as grey=0.1; a wrong name lists them")
-    add("--workers", type=int, metavar="N", help="that read files; default: the cores, at most 8")
+    add("--views", **pairs, help="augmentation, e.g. grey=0.1; a wrong name lists all")
+    add(
+        "--workers", type=int, metavar="N", help="processes that read images; default: one per core"
+    )
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=ARCHS, help="default: resnet18, imagenet resnet50, shapes small")
@@ -107,12 +111,18 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, metavar="N", help="default: 100, shapes 12")
-    add("--batch-size", type=int, metavar="N", help="of all processes; default: 256, small 128")
+    add("--batch-size", type=int, metavar="N", help="total over processes; default: 256, small 128")
     add("--optimizer", choices=["lars", "sgd", "adamw"], help="default: lars, small adamw")
-    add("--lr", type=float, help="times batch size / 256 unless adamw; default: 0.1, small 2e-3")
+    add("--lr", type=float, help="scaled by batch size / 256, except adamw; 0.1, small 2e-3")
     add("--weight-decay", type=float, metavar="WD", help="default: 1e-4, small 0.01")
-    add("--warmup", type=float, default=0.05, metavar="SHARE", help="of the steps; default: 0.05")
-    grow = "of the steps, the first, with views of 5/8 of the size; default: 0, small 0.6"
+    add(
+        "--warmup",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="share of the steps; default: 0.05",
+    )
+    grow = "share of the steps, at the start, with views of 5/8 the size; default: 0, small 0.6"
     add("--grow", type=float, metavar="SHARE", help=grow)
 
     add = parser.add_argument_group("running").add_argument
@@ -172,7 +182,7 @@ def keywords(flag, pairs, function):
                 raise ValueError
         except (KeyError, ValueError):
             choices = ", ".join(f"{name}={default}" for name, default in defaults.items())
-            fail(f"{flag} {pair}: there is {choices}")
+            fail(f"{flag} {pair}: choose from {choices}")
     return found
 
 
@@ -207,10 +217,11 @@ class Process:
             dist.broadcast_object_list(values, group=self.control)
         return values[0]
 
-    def mean(self, tensor):
+    def sum(self, tensor):
+        """The sum of all processes' tensors, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
-        return tensor / self.world
+        return tensor
 
     def autocast(self):
         dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
@@ -229,11 +240,12 @@ def start(args):
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
         torch.set_float32_matmul_precision("high")  # TF32 is more precise than bf16 features are
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        # keep freed memory: to ask the system for it again takes a fifth of a step
+        # keep freed memory: asking the system for it again costs a fifth of a step
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
     if world == 1:
         return Process(device, precision)
+    # one group for tensors on their device, and one that waits for as long as a download takes
     if device.type == "cuda":
         dist.init_process_group("nccl", device_id=device)
     else:
@@ -251,7 +263,11 @@ def choose_device(wanted, world):
     kind = available[0] if wanted == "auto" else wanted
     if kind not in available:
         fail(f"--device {kind}: for {world} process(es) there is only {', '.join(available)}")
-    return torch.device(kind, environment("LOCAL_RANK", 0) if kind == "cuda" else None)
+    if kind != "cuda":
+        return torch.device(kind)
+    if environment("LOCAL_WORLD_SIZE", 1) > torch.cuda.device_count():
+        fail(f"--nproc-per-node is more than this node's {torch.cuda.device_count()} GPU(s)")
+    return torch.device(kind, environment("LOCAL_RANK", 0))
 
 
 def fastest_precision(device):
@@ -352,11 +368,11 @@ class Files(torchvision.datasets.ImageFolder):
         return torch.stack([pil_to_tensor(crop) for crop in crops])
 
     def stream(self, keys, workers, pin_memory=False):
-        """Reads by one pool of processes, however often it is iterated."""
+        """A DataLoader that keeps its workers from one pass to the next."""
         options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory)
         if workers and sys.platform == "linux":
-            options["multiprocessing_context"] = "fork"  # has imported torch already
-        ignore = partial(on_signals, signal.SIG_IGN)  # the run ends its workers
+            options["multiprocessing_context"] = "fork"  # need not import torch again
+        ignore = partial(on_signals, signal.SIG_IGN)  # the run ends them
         return DataLoader(self, batch_size=None, sampler=keys, worker_init_fn=ignore, **options)
 
     def read_all(self, workers):
@@ -375,7 +391,7 @@ def read_image(path, size):
         with Image.open(path) as file:
             file.draft("RGB", (2 * size, 2 * size))  # reads a large JPEG smaller
             return file.convert("RGB")
-    except Exception:  # a damaged file makes PIL raise about anything
+    except Exception:  # PIL raises all kinds of errors
         warnings.warn(f"{path} cannot be read: a grey image replaces it", stacklevel=1)
         return Image.new("RGB", (1, 1), "grey")
 
@@ -386,7 +402,7 @@ def on_signals(handler, worker=None):
 
 
 def load(args):
-    """Training and test set: uint8 images (N, 3, H, W), or Files if they are many, and labels."""
+    """Training and test set: uint8 images (N, 3, H, W), or Files if too many, and labels."""
     root = Path(args.data_dir)
     if args.dataset == "shapes":
         images, labels = zip(*(shapes(500, seed) for seed in range(14)))
@@ -452,7 +468,7 @@ class Data:
     def batches(self, first, steps):
         """Yields views (2B, 3, S, S), a's before b's, and labels (B,) of steps from first on."""
         args = self.args
-        self.loaders.pop("train", None)  # whose steps were others
+        self.loaders.pop("train", None)  # it was made for other steps
         batches = self.fetch("train", self.keys(first, steps))
         for step, (images, labels) in enumerate(batches, first):
             small = step < args.grow * steps
@@ -476,7 +492,7 @@ class Data:
     def plain(self, split, batch=500):
         """Yields (images, labels) of this process's share of a set, resized and normalised."""
         _, labels = self.sets[split]
-        shares = torch.arange(self.process.rank, len(labels), self.process.world).split(batch)
+        shares = torch.arange(len(labels))[self.process.rank :: self.process.world].split(batch)
         for images, labels in self.fetch(split, [(share, None) for share in shares]):
             yield self.whole(images), labels
 
@@ -552,7 +568,7 @@ class Views:
     """Random views of uint8 images, normalised; each sample's parameters are drawn on their own.
 
     All in [0, 1]: crop is the least share of the area, 1 for the whole image; flip, jitter, grey,
-    blur and solarise are probabilities; brightness to hue are the jitter's strengths, in order.
+    blur and solarise are probabilities; brightness to hue are strengths, applied in that order.
     """
 
     image_size: int
@@ -696,48 +712,41 @@ def resnet(arch, image_size):
     return encoder, features
 
 
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum 0.9, of gradients that adapt makes eta |w| long (arXiv 1708.03888)."""
-
-    def __init__(self, params, lr, weight_decay=0.0, eta=0.02, adapt=True):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, eta=eta, adapt=adapt))
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
+class LARS(torch.optim.SGD):
+    """SGD of gradients that, in groups with an eta, are made eta |w| long (arXiv 1708.03888)."""
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            w = [p for p in group["params"] if p.grad is not None]
-            v = [self.state[p]["momentum"] for p in w]
-            # g <- g + decay w
-            g = torch._foreach_add([p.grad for p in w], w, alpha=group["weight_decay"])
-            if group["adapt"]:
+            if "eta" in group:
+                # g <- g + decay w
+                w = [p for p in group["params"] if p.grad is not None]
+                g = [p.grad for p in w]
+                torch._foreach_add_(g, w, alpha=group["decay"])
                 # g <- g eta |w| / |g|, unless one of them is 0
                 w_norms = torch.stack(torch._foreach_norm(w))
                 g_norms = torch.stack(torch._foreach_norm(g))
                 ratios = group["eta"] * w_norms / g_norms
                 ratios = torch.where((w_norms > 0) & (g_norms > 0), ratios, 1)
                 torch._foreach_mul_(g, ratios.unbind())
-            # v <- 0.9 v + g,  w <- w - lr v
-            torch._foreach_mul_(v, 0.9)
-            torch._foreach_add_(v, g)
-            torch._foreach_add_(w, v, alpha=-group["lr"])
+        super().step()
 
 
 def build_optimizers(args, model):
-    """The network's optimiser, which spares biases and norms decay and adaptation; the probe's."""
+    """The optimisers of the network, without weight decay of biases and norms, and of the probe."""
     params = [*model.encoder.parameters(), *model.projector.parameters()]
-    weights = dict(params=[p for p in params if p.ndim > 1], weight_decay=args.weight_decay)
+    weights = [p for p in params if p.ndim > 1]
     others = dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0)
     adamw = partial(torch.optim.AdamW, fused=params[0].device.type != "mps")
     probe = adamw(model.probe.parameters(), 1e-2, weight_decay=0.0)
-    if args.optimizer == "adamw":
-        return adamw([weights, others], args.lr), probe
     lr = args.lr * args.batch_size / 256
+    if args.optimizer == "lars":
+        weights = dict(params=weights, decay=args.weight_decay, eta=0.02)
+        return LARS([weights, others], lr, momentum=0.9), probe
+    weights = dict(params=weights, weight_decay=args.weight_decay)
     if args.optimizer == "sgd":
         return torch.optim.SGD([weights, others], lr, momentum=0.9), probe
-    return LARS([weights, dict(others, adapt=False)], lr), probe
+    return adamw([weights, others], args.lr), probe
 
 
 def schedule(step, steps, warmup):
@@ -758,9 +767,7 @@ def distribute(model, device):
         for module in model.modules():
             if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 module.forward = partial(batch_norm_of_all, module, module.forward)
-    model = nn.parallel.DistributedDataParallel(model)
-    model.broadcast_buffers = False  # batch norms already agree
-    return model
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)  # they agree
 
 
 def batch_norm_of_all(module, batch_norm, x):
@@ -814,7 +821,7 @@ class Run:
         self.out = Path(args.out)
         self.first = data.process.rank == 0
         self.steps = args.epochs * data.steps_per_epoch
-        self.signal = 0  # one that asks to stop
+        self.signal = 0  # its number, once one has asked to stop
         self.test = None  # the last epoch's test accuracy
         self.looked = time.perf_counter()
         self.saved = time.perf_counter()
@@ -842,13 +849,13 @@ class Run:
         self.signal = number
 
     def look(self, done, names, rows, za):
-        """Logs the last steps, tests at an epoch's end, saves in time, stops if asked to.
+        """Logs the last steps, tests at an epoch's end, saves when due, stops if asked to.
 
         Only here does the host wait for the device. Returns what the progress bar shows.
         """
         process = self.data.process
         stop = process.largest(self.signal)
-        rows = process.mean(torch.stack(rows)).tolist()
+        rows = (process.sum(torch.stack(rows)) / process.world).tolist()
         seconds = time.perf_counter() - self.looked
         rate = len(rows) * self.args.batch_size / seconds
         lr = self.parts["main"].param_groups[0]["lr"]
@@ -897,7 +904,7 @@ class Run:
 
 def write_file(path, content):
     """Saves an object to a file, as a whole or not at all."""
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # written in one piece, so that a full disk is an OSError
     torch.save(content, buffer)
     part = path.with_name(path.name + ".part")
     try:
@@ -930,7 +937,7 @@ def probe_accuracy(model, data):
         right += (logits.argmax(1) == labels).sum()
     model.train()
     _, labels = data.sets["test"]
-    return 100 * data.process.mean(right).item() * data.process.world / len(labels)
+    return 100 * data.process.sum(right).item() / len(labels)
 
 
 def train(args):
@@ -985,7 +992,7 @@ def profile(learn, data):
     with torch.profiler.profile() as profiler:
         for views, labels in batches:
             learn(views, labels)
-    order = "cuda_time_total" if torch.cuda.is_available() else "cpu_time_total"
+    order = f"{data.process.device.type}_time_total"
     say(profiler.key_averages().table(order, 30, max_name_column_width=40))
 
 
@@ -996,7 +1003,7 @@ def main(argv=None):
 
 
 def run_program(program):
-    """Calls program(); what a user can cause ends it with one line, any error with a status."""
+    """Calls program(). User errors end with one line, all errors with a status."""
     try:
         program()
     except OSError as error:
