@@ -1159,6 +1159,13 @@ def test_operation_is_torchvisions(name, values, function):
     assert_same_images(found, torch.stack(expected))
 
 
+def test_hues_turn_in_a_circle():
+    turns = torch.tensor([-1.0, -0.93, 0.9, 1.0])
+    same_turns = torch.tensor([0.0, 0.07, -0.1, 0.0])
+    found, expected = (apply_parameters(pictures(), 32, hue=hue) for hue in (turns, same_turns))
+    assert_same_images(found, expected)
+
+
 @pytest.mark.parametrize(
     "box, height, width, size",
     [
@@ -1507,6 +1514,22 @@ def test_apples_gpu_is_for_one_process(two_processes, monkeypatch, capsys):
     assert re.fullmatch(".*--device mps: .*only cpu\n", capsys.readouterr().err)
 
 
+def test_each_process_of_a_node_has_its_gpu(two_processes, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert train.choose_device("auto", 2) == torch.device("cuda", rank)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(SystemExit) as end:
+        train.choose_device("auto", 2)
+    assert end.value.code == 2
+    assert "--nproc-per-node" in capsys.readouterr().err
+
+
 def test_memory_format_of_devices():
     formats = {kind: train.memory_format(torch.device(kind)) for kind in ("cpu", "cuda", "mps")}
     assert formats == {
@@ -1528,6 +1551,7 @@ def test_older_gpus_compute_in_fp16(emulated, monkeypatch):
 @pytest.mark.parametrize("kind, precision", [("cuda", "high"), ("cpu", "highest")])
 def test_only_gpus_multiply_in_tf32(kind, precision, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: kind == "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     before = torch.get_float32_matmul_precision()
@@ -2407,7 +2431,7 @@ def test_help_says_the_defaults(monkeypatch, capsys):
                 "CRITERION", "vicreg"
             )
         elif name == "workers":
-            assert (told, setting) == ("the cores", train.cores())
+            assert (told, setting) == ("one per core", train.cores())
         elif name not in ("dataset", "arch") or "--arch" not in line and name == "arch":
             assert type(setting)(told) == setting, (name, line)
     assert parse_train("").dataset in shown

@@ -113,7 +113,8 @@ def parse_args(argv=None):
     add("--epochs", type=int, metavar="N", help="default: 100, shapes 12")
     add("--batch-size", type=int, metavar="N", help="total over processes; default: 256, small 128")
     add("--optimizer", choices=["lars", "sgd", "adamw"], help="default: lars, small adamw")
-    add("--lr", type=float, help="scaled by batch size / 256, except adamw; 0.1, small 2e-3")
+    scaled = "times batch size / 256, except with adamw; default: 0.1, small 2e-3"
+    add("--lr", type=float, help=scaled)
     add("--weight-decay", type=float, metavar="WD", help="default: 1e-4, small 0.01")
     add(
         "--warmup",
