@@ -2014,21 +2014,32 @@ def two_nodes(*lines):
     return [(launcher.returncode, output) for launcher, output in zip(launchers, outputs)]
 
 
-@pytest.mark.parametrize("shared", (True, False))
-def test_two_nodes_train_resume_and_find_the_run_complete(shared, train_command, tmp_path):
-    options = "--criterion simclr --optimizer lars --lr 0.3"
+NODES_OPTIONS = "--criterion simclr --optimizer lars --lr 0.3"
+
+
+@pytest.fixture(scope="module")
+def one_process_run(train_command, tmp_path_factory):
+    """The folder of a run of two epochs, stopped after the first."""
+    out = tmp_path_factory.mktemp("one process")
     for epochs in (1, 2):
-        assert run_program(train_command(tmp_path / "one", epochs, options))[0] == 0
+        run_to_the_end(train_command(f"'{out}'", epochs, NODES_OPTIONS))
+    return out
+
+
+@pytest.mark.parametrize("shared", (True, False))
+def test_two_nodes_train_resume_and_find_the_run_complete(
+    shared, one_process_run, train_command, tmp_path
+):
     folders = [tmp_path / "node0", tmp_path / ("node0" if shared else "node1")]
     for epochs, said in ((1, "online probe"), (2, "online probe"), (2, "is complete")):
-        lines = [f"{HERE}/{train_command(folder, epochs, options)}" for folder in folders]
+        lines = [f"{HERE}/{train_command(folder, epochs, NODES_OPTIONS)}" for folder in folders]
         for rank, (status, output) in enumerate(two_nodes(*lines)):
             assert status == 0, output
             assert output.count(said) == (rank == 0), output
         if epochs == 1:
             assert load_checkpoint(folders[0])["step"] == 5
     assert shared or not folders[1].exists()
-    assert_same_run(folders[0], tmp_path / "one", 1e-5)
+    assert_same_run(folders[0], one_process_run, 1e-5)
 
 
 def test_a_node_without_its_data_ends_both(train_command, tmp_path):

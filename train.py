@@ -291,6 +291,22 @@ def generator(device, *key):
 # ---- Data ----------------------------------------------------------------------------------------
 
 
+def larger(u, v):
+    return torch.maximum(u.abs(), v.abs())
+
+
+SHAPES = dict(  # which points (u, v) each of them covers
+    disc=lambda u, v: u.hypot(v) < 0.9,
+    ring=lambda u, v: (u.hypot(v) - 0.8).abs() < 0.2,
+    square=lambda u, v: larger(u, v) < 0.8,
+    frame=lambda u, v: (larger(u, v) - 0.7).abs() < 0.2,
+    triangle=lambda u, v: (v < 0.7) & (v > 2 * u.abs() - 0.9),
+    cross=lambda u, v: (torch.minimum(u.abs(), v.abs()) < 0.25) & (larger(u, v) < 1),
+    bars=lambda u, v: (v.abs() > 0.3) & (larger(u, v) < 0.9),
+    posts=lambda u, v: (u.abs() > 0.3) & (larger(u, v) < 0.9),
+)
+
+
 def shapes(n, seed, size=32):
     """uint8 images (n, 3, size, size), labels (n,): four copies of a shape, the rest random."""
     draw = generator("cpu", seed, 0, 9)
@@ -316,28 +332,12 @@ def shapes(n, seed, size=32):
         down = (y - row - uniform(-0.4, 0.4)) / scale
         u = tilt.cos() * right + tilt.sin() * down
         v = tilt.cos() * down - tilt.sin() * right
-        inside = shape_masks(u, v)[labels, torch.arange(n), None]
-        images = torch.where(inside, texture(0.5, 1), images)
+        inside = torch.empty(u.shape, dtype=torch.bool)
+        for label, covers in enumerate(SHAPES.values()):
+            inside[label::8] = covers(u[label::8], v[label::8])
+        images = torch.where(inside[:, None], texture(0.5, 1), images)
     images = torch.where(uniform(0, 1, 1) < 0.5, images, 1 - images)
     return (F.avg_pool2d(images.clamp(0, 1), 2) * 255).round().byte(), labels
-
-
-def shape_masks(u, v):
-    """The points (u, v) that each of the eight shapes covers, (8, n, ...)."""
-    radius = (u * u + v * v).sqrt()
-    inner = torch.minimum(u.abs(), v.abs())
-    outer = torch.maximum(u.abs(), v.abs())
-    masks = [
-        radius < 0.9,  # disc
-        (radius < 1) & (radius > 0.6),  # ring
-        outer < 0.8,  # square
-        (outer < 0.9) & (outer > 0.5),  # frame
-        (v < 0.7) & (v > 2 * u.abs() - 0.9),  # triangle
-        (inner < 0.25) & (outer < 1),  # cross
-        (v.abs() > 0.3) & (outer < 0.9),  # two bars
-        (u.abs() > 0.3) & (outer < 0.9),  # two posts
-    ]
-    return torch.stack(masks)
 
 
 class Files(torchvision.datasets.ImageFolder):
