@@ -1,4 +1,4 @@
-"""Evaluate runs of train.py: what do frozen features know of the labels?
+"""Evaluate runs of train.py: how well do frozen features predict the labels?
 
 python eval.py runs/cifar10-vicreg                  # a table, and runs/cifar10-vicreg/eval.json
 python eval.py runs/cifar10-vicreg --random-init    # the encoder before its training
@@ -31,7 +31,7 @@ def parse_args(argv=None):
     which("--patches", action="store_true", help="evaluate random whitened patches instead")
     add("--data-dir", metavar="DIR", help="default: the run's")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="default: auto")
-    workers = "processes that read files; default: one a core, at most 8"
+    workers = "processes that read images; default: one per core, at most 8"
     add("--workers", type=int, default=train.cores(), metavar="N", help=workers)
     add("--epochs", type=int, default=100, metavar="N", help="of the linear probe; default: 100")
     add("--k", type=int, default=10, metavar="N", help="nearest neighbours; default: 10")

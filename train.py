@@ -2,7 +2,7 @@
 
 python train.py --dataset shapes                             # no download, a minute on two cores
 python train.py                                              # CIFAR-10, ResNet-18, VICReg
-python train.py --criterion simclr --set temperature=0.15    # any criterion, any keyword of it
+python train.py --criterion simclr --set temperature=0.15    # any criterion, any hyperparameter
 torchrun --nproc-per-node 8 train.py --dataset imagenet --data-dir imagenet --batch-size 1024
 """
 
@@ -88,19 +88,20 @@ def fail(message, status=2):
 
 def parse_args(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    usage = "%(prog)s [options]"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=raw)
     parser.error = lambda message: fail(f"{message} (-h lists the options)")
     pairs = dict(nargs="+", action="extend", default=[], metavar="NAME=VALUE")
 
     add = parser.add_argument_group("criterion").add_argument
     add("--criterion", choices=CRITERIA, default="vicreg", help="default: vicreg")
-    add("--set", **pairs, help="hyperparameters, e.g. temperature=0.15; a wrong name lists all")
+    add("--set", **pairs, help="hyperparameters, e.g. temperature=0.15; an unknown name lists all")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="cifar10", help="default: cifar10")
-    add("--data-dir", metavar="DIR", help="holds train/CLASS/IMAGE, or CIFAR; default: data")
+    add("--data-dir", metavar="DIR", help="with train/CLASS/IMAGE, or for CIFAR; default: data")
     add("--image-size", type=int, metavar="PIXELS", help="default: 32, imagenet and folder 224")
-    add("--views", **pairs, help="augmentation, e.g. grey=0.1; a wrong name lists all")
+    add("--views", **pairs, help="augmentation, e.g. grey=0.1; an unknown name lists all")
     add(
         "--workers", type=int, metavar="N", help="processes that read images; default: one per core"
     )
@@ -113,7 +114,7 @@ def parse_args(argv=None):
     add("--epochs", type=int, metavar="N", help="default: 100, shapes 12")
     add("--batch-size", type=int, metavar="N", help="total over processes; default: 256, small 128")
     add("--optimizer", choices=["lars", "sgd", "adamw"], help="default: lars, small adamw")
-    scaled = "times batch size / 256, except with adamw; default: 0.1, small 2e-3"
+    scaled = "scaled by batch size / 256, except with adamw; default: 0.1, small 2e-3"
     add("--lr", type=float, help=scaled)
     add("--weight-decay", type=float, metavar="WD", help="default: 1e-4, small 0.01")
     add(
@@ -123,7 +124,7 @@ def parse_args(argv=None):
         metavar="SHARE",
         help="share of the steps; default: 0.05",
     )
-    grow = "share of the steps, at the start, with views of 5/8 the size; default: 0, small 0.6"
+    grow = "use views of 5/8 the size for this first share of the steps; default: 0, small 0.6"
     add("--grow", type=float, metavar="SHARE", help=grow)
 
     add = parser.add_argument_group("running").add_argument
@@ -132,7 +133,13 @@ def parse_args(argv=None):
     add("--precision", choices=precisions, default="auto", help="default: auto, the fastest")
     add("--seed", type=int, default=0, metavar="N", help="default: 0")
     add("--out", metavar="DIR", help="the run's folder; default: runs/DATASET-CRITERION")
-    add("--save-every", type=float, default=120, metavar="SECONDS", help="default: 120")
+    add(
+        "--save-every",
+        type=float,
+        default=120,
+        metavar="SECONDS",
+        help="between saves; default: 120",
+    )
     add("--compile", action="store_true", help="torch.compile network, criterion and views")
     add("--profile", action="store_true", help="show where a step's time goes; saves nothing")
     args = parser.parse_args(argv)
