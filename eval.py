@@ -9,6 +9,7 @@ python eval.py runs/* --plot runs.png               # the online probes' accurac
 import argparse
 import json
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -31,8 +32,7 @@ def parse_args(argv=None):
     which("--patches", action="store_true", help="evaluate random whitened patches instead")
     add("--data-dir", metavar="DIR", help="default: the run's")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="default: auto")
-    workers = "processes that read images; default: one per core, at most 8"
-    add("--workers", type=int, default=train.cores(), metavar="N", help=workers)
+    add("--workers", type=int, default=train.cores(), metavar="N", help="default: one per core")
     add("--epochs", type=int, default=100, metavar="N", help="of the linear probe; default: 100")
     add("--k", type=int, default=10, metavar="N", help="nearest neighbours; default: 10")
     add("--plot", type=Path, metavar="FILE", help="only draw a picture; needs matplotlib")
@@ -182,20 +182,28 @@ def embedding_statistics(model, features, batch):
     return dict(found, negative_variance_times_d=d * seen["negative_variance"].item())
 
 
+def test_curve(run):
+    """A run's label, and points (epochs, 2): minutes of training, the online probe's accuracy."""
+    settings = load(run)["settings"]
+    pairs = [f"{name}={value}" for name, value in settings["set"].items()]
+    records = [json.loads(line) for line in open(run / "log.jsonl")]
+    looks = [record for record in records if "seconds" in record]
+    seconds = torch.tensor([look["seconds"] for look in looks])
+    minutes = seconds.clamp(max=3 * seconds.median()).cumsum(0) / 60  # without long pauses
+    points = [(m, look["probe_test"]) for m, look in zip(minutes, looks) if "probe_test" in look]
+    return " ".join([settings["criterion"], *pairs]), torch.tensor(points)
+
+
 def plot(runs, path):
     """Draws test accuracies over minutes of training: each criterion's mean and range of runs."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         train.fail("--plot needs matplotlib: pip install matplotlib")
-    curves, lines = {}, {}
+    curves, lines = defaultdict(list), {}
     for run in runs:
-        settings = load(run)["settings"]
-        pairs = [f"{name}={value}" for name, value in settings["set"].items()]
-        records = list(map(json.loads, (run / "log.jsonl").read_text().splitlines()))
-        minutes = torch.tensor([r.get("seconds", 0) / 60 for r in records]).cumsum(0)
-        tests = [(m, r["probe_test"]) for m, r in zip(minutes, records) if "probe_test" in r]
-        curves.setdefault(" ".join((settings["criterion"], *pairs)), []).append(torch.tensor(tests))
+        label, points = test_curve(run)
+        curves[label].append(points)
         for name in ("random-init", "patches"):
             if (run / f"eval-{name}.json").exists():
                 lines[name] = json.loads((run / f"eval-{name}.json").read_text())["linear_top1"]
