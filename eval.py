@@ -8,8 +8,8 @@ python eval.py runs/* --plot runs.png               # the online probes' accurac
 
 import argparse
 import json
+import math
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -27,9 +27,10 @@ def parse_args(argv=None):
     parser.error = lambda message: train.fail(f"{message} (-h lists the options)")
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="a folder that train.py has written")
-    which = parser.add_mutually_exclusive_group().add_argument
-    which("--random-init", action="store_true", help="evaluate the encoder before its training")
-    which("--patches", action="store_true", help="evaluate random whitened patches instead")
+    instead = parser.add_mutually_exclusive_group().add_argument
+    const = dict(action="store_const", dest="baseline")
+    instead("--random-init", **const, const="random-init", help="the encoder before its training")
+    instead("--patches", **const, const="patches", help="random whitened patches as features")
     add("--data-dir", metavar="DIR", help="default: the run's")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="default: auto")
     add("--workers", type=int, default=train.cores(), metavar="N", help="default: one per core")
@@ -39,6 +40,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.epochs < 1 or args.k < 1:
         train.fail(f"--epochs {args.epochs} or --k {args.k}: not 1 or more")
+    if train.environment("WORLD_SIZE", 1) > 1:
+        train.fail("runs in one process, without torchrun")
     return args
 
 
@@ -56,7 +59,7 @@ def extract(encoder, data, split):
             features = part.new_empty(len(labels), part.shape[1])
         features[done : done + len(part)] = part
         done += len(part)
-    return features, labels
+    return features, labels.to(features.device)  # files have theirs on the CPU
 
 
 def linear_probe(train_x, train_y, test_x, test_y, classes, epochs=100, batch=1000, lr=0.03):
@@ -66,7 +69,7 @@ def linear_probe(train_x, train_y, test_x, test_y, classes, epochs=100, batch=10
     nn.init.zeros_(probe.weight)
     nn.init.zeros_(probe.bias)
     optimizer = torch.optim.AdamW(probe.parameters(), lr, weight_decay=1e-4)
-    steps = epochs * -(-len(train_x) // batch)
+    steps = epochs * math.ceil(len(train_x) / batch)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for epoch in tqdm(range(epochs), "linear probe", leave=False, disable=None):
         draw = train.generator("cpu", 0, epoch, 3)
@@ -103,15 +106,17 @@ class Patches(nn.Module):
     def __init__(self, images, n=400, size=6):
         super().__init__()
         self.size = size
+        images = images[: max(1, 2**19 // images[0, 0].numel())]  # about 400,000 patches
         patches = self.cut(images).flatten(0, 1)
         draw = train.generator("cpu", 0, 4)
         patches = patches[torch.randperm(len(patches), generator=draw)[:100_000].to(images.device)]
         # zero-phase whitening: W = V (E + eps)^-1/2 V^T, C = V E V^T
         variances, directions = torch.linalg.eigh(patches.T.cov().cpu())
-        whiten = directions / (variances + 0.1).sqrt() @ directions.T
-        self.mean, self.whiten = patches.mean(0), whiten.to(images.device)
-        filters = normalize((patches[:n] - self.mean) @ self.whiten)  # (n, 3 size^2)
-        self.filters = self.whiten @ filters.T
+        whiten = (directions / (variances + 0.1).sqrt()) @ directions.T
+        whiten = whiten.to(images.device)
+        self.mean = patches.mean(0)
+        filters = normalize((patches[:n] - self.mean) @ whiten)  # (n, 3 size^2)
+        self.filters = whiten @ filters.T
 
     def cut(self, images):
         """All patches of images (B, 3, S, S), each of mean 0 and variance 1: (B, L, 3 size^2)."""
@@ -139,30 +144,32 @@ def load(run):
 
 def evaluate(run, args):
     """The table, a dict. The network is asserted to be bit-identical afterwards."""
-    began, saved = time.time(), load(run)
+    began = time.time()
+    saved = load(run)
     settings = argparse.Namespace(**saved["settings"])
-    settings.device, settings.workers = args.device, args.workers
+    settings.device = args.device
+    settings.workers = args.workers
     settings.data_dir = args.data_dir or settings.data_dir
-    settings.precision, settings.compile = "fp32", False
+    settings.precision = "fp32"
+    settings.compile = False
     process = train.start(settings)
     data = train.Data(settings, process)
     torch.manual_seed(settings.seed)
     model = train.Model(settings.arch, settings.image_size, settings.projector, data.classes)
-    if args.random_init or args.patches:
-        saved["step"] = 0
-    else:
+    if not args.baseline:
         model.load_state_dict(saved["states"]["model"])
     model.to(process.device, memory_format=train.memory_format(process.device)).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    encoder = Patches(next(data.plain("train"))[0]) if args.patches else model.encoder
+    encoder = Patches(next(data.plain("train"))[0]) if args.baseline == "patches" else model.encoder
     train_x, train_y = extract(encoder, data, "train")
     test_x, test_y = extract(encoder, data, "test")
     features = train_x, train_y, test_x, test_y, data.classes
     top1, top5 = linear_probe(*features, args.epochs)
-    found = dict(criterion=settings.criterion, features=test_x.shape[1], steps=saved["step"])
+    steps = 0 if args.baseline else saved["step"]
+    found = dict(criterion=settings.criterion, features=test_x.shape[1], steps=steps)
     found.update(linear_top1=top1, linear_top5=top5, knn_top1=knn(*features, args.k), k=args.k)
     found.update(rankme=diagnose(test_x)["rankme"].item())
-    if not args.patches:
+    if args.baseline != "patches":
         found.update(embedding_statistics(model, test_x, settings.batch_size))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     return dict(found, seconds=time.time() - began)
@@ -177,46 +184,33 @@ def embedding_statistics(model, features, batch):
     seen, (least, most) = diagnose(x), lemma_3_4(n, d)
     found = dict(embeddings=d, rankme_embeddings=diagnose(z)["rankme"].item())
     found.update(norms4_over_least=norms4(x.T).item() / least, norms4_most_over_least=most / least)
-    # proposition 3.1: 0 and 1
+    # these two tend to 0 and 1, proposition 3.1
     found.update(negative_mean=seen["negative_mean"].item())
     return dict(found, negative_variance_times_d=d * seen["negative_variance"].item())
 
 
-def test_curve(run):
-    """A run's label, and points (epochs, 2): minutes of training, the online probe's accuracy."""
-    settings = load(run)["settings"]
-    pairs = [f"{name}={value}" for name, value in settings["set"].items()]
-    records = [json.loads(line) for line in open(run / "log.jsonl")]
-    looks = [record for record in records if "seconds" in record]
-    seconds = torch.tensor([look["seconds"] for look in looks])
-    minutes = seconds.clamp(max=3 * seconds.median()).cumsum(0) / 60  # without long pauses
-    points = [(m, look["probe_test"]) for m, look in zip(minutes, looks) if "probe_test" in look]
-    return " ".join([settings["criterion"], *pairs]), torch.tensor(points)
-
-
 def plot(runs, path):
-    """Draws test accuracies over minutes of training: each criterion's mean and range of runs."""
+    """Draws the online probe's test accuracy over minutes of training, and baselines."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         train.fail("--plot needs matplotlib: pip install matplotlib")
-    curves, lines = defaultdict(list), {}
-    for run in runs:
-        label, points = test_curve(run)
-        curves[label].append(points)
-        for name in ("random-init", "patches"):
-            if (run / f"eval-{name}.json").exists():
-                lines[name] = json.loads((run / f"eval-{name}.json").read_text())["linear_top1"]
     figure = Figure((6, 4), layout="constrained")
     axes = figure.subplots()
-    for label, seeds in curves.items():
-        epochs = min(map(len, seeds))
-        minutes, values = torch.stack([curve[:epochs] for curve in seeds]).unbind(2)
-        axes.plot(minutes.mean(0), values.mean(0), ".-", label=f"{label}, {len(seeds)} run(s)")
-        axes.fill_between(minutes.mean(0), values.amin(0), values.amax(0), alpha=0.2)
-    for name, value in lines.items():
-        axes.axhline(value, color="grey", linestyle=":")
-        axes.annotate(f"{name}, offline probe", (0, value), va="bottom", fontsize="small")
+    for run in runs:
+        load(run)  # fails if that is no run
+        records = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+        looks = [record for record in records if "seconds" in record]
+        seconds = torch.tensor([look["seconds"] for look in looks])
+        minutes = seconds.clamp(max=3 * seconds.median()).cumsum(0) / 60  # without long pauses
+        tests = [(m, look["probe_test"]) for m, look in zip(minutes, looks) if "probe_test" in look]
+        axes.plot(*torch.tensor(tests).reshape(-1, 2).T, ".-", label=run.name)
+        for baseline in ("random-init", "patches"):
+            found = run / f"eval-{baseline}.json"
+            if found.exists():
+                value = json.loads(found.read_text())["linear_top1"]
+                axes.axhline(value, color="grey", linestyle=":")
+                axes.annotate(f"{baseline}, offline probe", (0, value), va="bottom")
     axes.set(xlabel="minutes of training", ylabel="online linear probe, test top-1 (%)")
     axes.legend()
     try:
@@ -231,9 +225,10 @@ def main():
         return plot(args.runs, args.plot)
     for run in args.runs:
         found = evaluate(run, args)
+        print(run)
         for name, value in found.items():
             print(f"{name:30}{value:.4g}" if isinstance(value, float) else f"{name:30}{value}")
-        suffix = "-random-init" if args.random_init else "-patches" if args.patches else ""
+        suffix = f"-{args.baseline}" if args.baseline else ""
         (run / f"eval{suffix}.json").write_text(json.dumps(found, indent=1))
 
 

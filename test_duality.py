@@ -1514,6 +1514,13 @@ def test_apples_gpu_is_for_one_process(two_processes, monkeypatch, capsys):
     assert re.fullmatch(".*--device mps: .*only cpu\n", capsys.readouterr().err)
 
 
+def test_evaluation_refuses_several_processes(two_processes, capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluation.parse_args(["run"])
+    assert end.value.code == 2
+    assert "without torchrun" in capsys.readouterr().err
+
+
 def test_each_process_of_a_node_has_its_gpu(two_processes, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -1557,12 +1564,14 @@ def test_only_gpus_multiply_in_tf32(kind, precision, monkeypatch):
     before = torch.get_float32_matmul_precision()
     assert before == "highest"
     try:
-        process = train.start(parse_train(f"--device {kind} --precision fp32"))
+        process = train.start(parse_train(f"--device {kind} --precision bf16"))
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
     assert process.device.type == kind
-    assert (process.rank, process.world, process.precision) == (0, 1, "fp32")
+    assert (process.rank, process.world, process.precision) == (0, 1, "bf16")
+    process = train.start(parse_train(f"--device {kind} --precision fp32"))
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_cores_are_those_of_this_process(monkeypatch):
@@ -2086,7 +2095,7 @@ class Turns:
     def __init__(self, rank, barrier):
         self.rank, self.barrier = rank, barrier
 
-    def largest(self, number=0):
+    def wait(self):
         self.barrier.wait()
 
 
@@ -2421,9 +2430,10 @@ def test_help_says_the_defaults(monkeypatch, capsys):
     assert end.value.code == 0
     shown = capsys.readouterr().out
     (parser,) = parsers
-    lines = [
-        f"--dataset {dataset}{arch}" for dataset in train.DATASETS for arch in ("", " --arch small")
-    ]
+    datasets = [f"--dataset {dataset}" for dataset in train.DATASETS]
+    archs = ["", " --arch small"]
+    optimizers = ["", " --optimizer adamw", " --optimizer sgd"]
+    lines = map("".join, itertools.product(datasets, archs, optimizers))
     for line, action in itertools.product(lines, parser._actions):
         settings = parse_train(line)
         name = action.dest
@@ -2433,8 +2443,8 @@ def test_help_says_the_defaults(monkeypatch, capsys):
         told, *cases = re.split("default: ", action.help)[1].split(", ")
         for case in cases:
             *kinds, value = case.replace(" and ", " ").split()
-            dataset_or_small = settings.dataset, settings.arch.replace("resnet", "")
-            if set(kinds) & set(dataset_or_small) and not (name == "arch" and "--arch" in line):
+            ours = settings.dataset, settings.arch.replace("resnet", ""), settings.optimizer
+            if set(kinds) & set(ours) and f"--{name}" not in line:
                 told = value
         setting = getattr(settings, name)
         if name == "out":
@@ -2443,9 +2453,20 @@ def test_help_says_the_defaults(monkeypatch, capsys):
             )
         elif name == "workers":
             assert (told, setting) == ("one per core", train.cores())
-        elif name not in ("dataset", "arch") or "--arch" not in line and name == "arch":
+        elif f"--{name}" not in line:
             assert type(setting)(told) == setting, (name, line)
     assert parse_train("").dataset in shown
+
+
+def test_features_and_labels_are_on_one_device():
+    class Files:
+        sets = {"train": (None, torch.arange(4))}  # a streamed set's labels are on the CPU
+
+        def plain(self, split):
+            yield torch.ones(4, 3, device="meta"), torch.arange(4, device="meta")
+
+    features, labels = evaluation.extract(torch.nn.Identity(), Files(), "train")
+    assert features.device == labels.device == torch.device("meta")
 
 
 def test_settings_may_be_given_in_parts():
@@ -2892,21 +2913,22 @@ def test_a_resnets_defaults_lower_the_loss_from_the_start(tmp_path):
     assert statistics.mean(later[-4:]) < first - 1.5, later
 
 
-def write_run(out, seed, accuracies):
-    """A folder like that of a run with these accuracies after its epochs."""
+def write_run(out, tests, seconds):
+    """A folder like that of a run with these test accuracies after epochs of these lengths."""
     out.mkdir()
-    settings = vars(parse_train(f"--dataset shapes --seed {seed} --set invariance=9"))
-    saved = {"settings": settings, "step": 1, "log_bytes": 0, "states": {}}
+    saved = {"settings": vars(parse_train("")), "step": 1, "log_bytes": 0, "states": {}}
     torch.save(saved, out / "checkpoint.pt")
     records = [{"step": 0, "loss": 1.0}]
-    records += [{"seconds": 30 * (1 + seed), "probe_test": value} for value in accuracies]
+    records += [{"seconds": s, "probe_test": test} for s, test in zip(seconds, tests)]
     (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def test_plot(tmp_path, monkeypatch, refused):
-    runs = [tmp_path / "0", tmp_path / "1"]
-    write_run(runs[0], 0, [10.0, 30.0, 50.0])
-    write_run(runs[1], 1, [20.0, 50.0])
+    runs = [tmp_path / name for name in ("long", "paused", "young")]
+    write_run(runs[0], [10.0, 30.0, 50.0], [30, 30, 60])
+    write_run(runs[1], [20.0, 50.0, 60.0], [30, 3000, 30])  # three medians of a pause count
+    write_run(runs[2], [], [])
+    (runs[0] / "eval-patches.json").write_text('{"linear_top1": 69.0}')
     drawn = []
     draw = matplotlib.axes.Axes.plot
 
@@ -2915,12 +2937,19 @@ def test_plot(tmp_path, monkeypatch, refused):
         return draw(*args, **kwargs)
 
     monkeypatch.setattr(matplotlib.axes.Axes, "plot", record_and_draw)
+    baseline = mock.Mock()
+    monkeypatch.setattr(matplotlib.axes.Axes, "axhline", baseline)
     evaluation.plot(runs, tmp_path / "picture.png")
-    assert len(drawn) == 1
-    (_, minutes, means, *_), options = drawn[0]
-    assert minutes.tolist() == [0.75, 1.5]
-    assert means.tolist() == [15, 40]
-    assert options["label"] == "vicreg invariance=9.0, 2 run(s)"
+    curves = {options["label"]: curve for curve, options in drawn if "label" in options}
+    expected = {
+        "long": ([0.5, 1.0, 2.0], [10, 30, 50]),
+        "paused": ([0.5, 2.0, 2.5], [20, 50, 60]),
+        "young": ([], []),
+    }
+    assert list(curves) == list(expected)
+    for (_, minutes, tests, *_), curve in zip(curves.values(), expected.values()):
+        assert (minutes.tolist(), tests.tolist()) == curve
+    assert baseline.call_args.args == (69.0,)
     assert Image.open(tmp_path / "picture.png").size == (900, 600)
     run = shlex.quote(str(runs[0]))
     refused(f"eval.py {run} --plot {run}/picture.what", "--plot", "picture.what", "not supported")

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from duality import CRITERIA, Gather, diagnose, gather
 
-# Defaults by dataset, then by size of network.
+# Defaults by dataset, by size of the network, and by optimiser.
 DATASETS = {
     "cifar10": dict(arch="resnet18", epochs=100, image_size=32),
     "cifar100": dict(arch="resnet18", epochs=100, image_size=32),
@@ -48,13 +48,16 @@ DATASETS = {
     "folder": dict(arch="resnet18", epochs=100, image_size=224),
     "shapes": dict(arch="small", epochs=12, image_size=32),
 }
-SMALL = dict(projector="512-512-512", batch_size=128, optimizer="adamw", lr=2e-3)
-SMALL |= dict(weight_decay=1e-2, grow=0.6)
-RESNET = dict(projector="2048-2048-2048", batch_size=256, optimizer="lars", lr=0.1)
-RESNET |= dict(weight_decay=1e-4, grow=0.0)
+SMALL = dict(projector="512-512-512", batch_size=128, optimizer="adamw", grow=0.6)
+RESNET = dict(projector="2048-2048-2048", batch_size=256, optimizer="lars", grow=0.0)
+OPTIMIZERS = {
+    "lars": dict(lr=0.1, weight_decay=1e-4),
+    "sgd": dict(lr=0.1, weight_decay=1e-4),
+    "adamw": dict(lr=2e-3, weight_decay=1e-2),
+}
 
-MODELS = torchvision.models.list_models(torchvision.models)
-ARCHS = ["small", *(name for name in MODELS if re.match("(wide_)?resne(x)?t", name))]
+RESNETS = torchvision.models.list_models(torchvision.models, include=["*resnet*", "resnext*"])
+ARCHS = ["small", *RESNETS]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue
 RESIDENT_BYTES = 4 * 2**30  # images that fit in this are held on the device, others are streamed
 LIMITS = dict(image_size=(8, 1024), workers=(0, 256), epochs=(1, 1e6), batch_size=(2, 1e6))
@@ -74,7 +77,7 @@ def say(message):
 
 
 def fail(message, status=2):
-    """Ends this process with one line. Before the processes have met, each node prints one."""
+    """Ends this process with one line. Until they are connected, one process a node prints it."""
     if dist.is_initialized() or environment("LOCAL_RANK", 0) == 0:
         rank = f"rank {environment('RANK', 0)}: " if environment("WORLD_SIZE", 1) > 1 else ""
         tqdm.write(f"{Path(sys.argv[0]).name}: {rank}{message}", sys.stderr)
@@ -99,12 +102,14 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="cifar10", help="default: cifar10")
-    add("--data-dir", metavar="DIR", help="with train/CLASS/IMAGE, or for CIFAR; default: data")
+    add(
+        "--data-dir",
+        metavar="DIR",
+        help="holds train/CLASS/IMAGE, or CIFAR's archive; default: data",
+    )
     add("--image-size", type=int, metavar="PIXELS", help="default: 32, imagenet and folder 224")
     add("--views", **pairs, help="augmentation, e.g. grey=0.1; an unknown name lists all")
-    add(
-        "--workers", type=int, metavar="N", help="processes that read images; default: one per core"
-    )
+    add("--workers", type=int, metavar="N", help="image readers; default: one per core, up to 8")
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=ARCHS, help="default: resnet18, imagenet resnet50, shapes small")
@@ -113,18 +118,12 @@ def parse_args(argv=None):
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, metavar="N", help="default: 100, shapes 12")
     add("--batch-size", type=int, metavar="N", help="total over processes; default: 256, small 128")
-    add("--optimizer", choices=["lars", "sgd", "adamw"], help="default: lars, small adamw")
-    scaled = "scaled by batch size / 256, except with adamw; default: 0.1, small 2e-3"
+    add("--optimizer", choices=OPTIMIZERS, help="default: lars, small adamw")
+    scaled = "scaled by batch size / 256, except with adamw; default: 0.1, adamw 2e-3"
     add("--lr", type=float, help=scaled)
-    add("--weight-decay", type=float, metavar="WD", help="default: 1e-4, small 0.01")
-    add(
-        "--warmup",
-        type=float,
-        default=0.05,
-        metavar="SHARE",
-        help="share of the steps; default: 0.05",
-    )
-    grow = "use views of 5/8 the size for this first share of the steps; default: 0, small 0.6"
+    add("--weight-decay", type=float, metavar="WD", help="default: 1e-4, adamw 0.01")
+    add("--warmup", type=float, default=0.05, metavar="SHARE", help="of steps; default: 0.05")
+    grow = "of steps, the first, with views of 5/8 the size; default: 0, small 0.6"
     add("--grow", type=float, metavar="SHARE", help=grow)
 
     add = parser.add_argument_group("running").add_argument
@@ -133,13 +132,7 @@ def parse_args(argv=None):
     add("--precision", choices=precisions, default="auto", help="default: auto, the fastest")
     add("--seed", type=int, default=0, metavar="N", help="default: 0")
     add("--out", metavar="DIR", help="the run's folder; default: runs/DATASET-CRITERION")
-    add(
-        "--save-every",
-        type=float,
-        default=120,
-        metavar="SECONDS",
-        help="between saves; default: 120",
-    )
+    add("--save-every", type=float, default=120, metavar="SECONDS", help="default: 120")
     add("--compile", action="store_true", help="torch.compile network, criterion and views")
     add("--profile", action="store_true", help="show where a step's time goes; saves nothing")
     args = parser.parse_args(argv)
@@ -152,6 +145,7 @@ def complete(args):
     defaults = dict(data_dir="data", workers=cores(), out=f"runs/{args.dataset}-{args.criterion}")
     defaults |= DATASETS[args.dataset]
     defaults |= SMALL if (args.arch or defaults["arch"]) == "small" else RESNET
+    defaults |= OPTIMIZERS[args.optimizer or defaults["optimizer"]]
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -168,13 +162,14 @@ def complete(args):
         embeddings = torch.randn(2, 4, int(args.projector.split("-")[-1]))
         CRITERIA[args.criterion](*embeddings, **args.set)
     except (ArithmeticError, ValueError) as error:
-        fail(f"--set or --views: {error}")
+        fail(f"--set, --views or --projector: {error}")
 
 
 def cores():
     """The number of cores that this process may use, at most eight."""
-    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
-    return min(8, max(1, len(affinity(0)) // environment("LOCAL_WORLD_SIZE", 1)))
+    linux = hasattr(os, "sched_getaffinity")
+    n = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
+    return min(8, max(1, n // environment("LOCAL_WORLD_SIZE", 1)))
 
 
 def keywords(flag, pairs, function):
@@ -188,7 +183,7 @@ def keywords(flag, pairs, function):
             found[name] = type(defaults[name])(text)
             if not isinstance(found[name], str) and not math.isfinite(found[name]):
                 raise ValueError
-        except (KeyError, ValueError):
+        except (KeyError, TypeError, ValueError):
             choices = ", ".join(f"{name}={default}" for name, default in defaults.items())
             fail(f"{flag} {pair}: choose from {choices}")
     return found
@@ -217,10 +212,14 @@ class Process:
                 fail("another process has ended", 1)
         return number.item()
 
+    def wait(self):
+        """Waits for all processes. Ends this one if another has failed."""
+        self.largest()
+
     def share(self, value):
         """The first process's value, in all of them."""
         values = [value]
-        self.largest()
+        self.wait()
         if self.world > 1:
             dist.broadcast_object_list(values, group=self.control)
         return values[0]
@@ -237,7 +236,7 @@ class Process:
 
 
 def start(args):
-    """This process, on the best device in its fastest precision, joined to torchrun's others."""
+    """Joins torchrun's processes, if there are any. Returns this one."""
     world = environment("WORLD_SIZE", 1)
     if args.batch_size % world or args.batch_size < 2 * world:
         fail(f"--batch-size {args.batch_size} does not divide into {world} parts of at least 2")
@@ -245,8 +244,9 @@ def start(args):
     precision = fastest_precision(device) if args.precision == "auto" else args.precision
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # every step has the same shapes
-        torch.set_float32_matmul_precision("high")  # TF32 is more precise than bf16 features are
+        torch.backends.cudnn.benchmark = True  # shapes hardly ever change
+        if precision != "fp32":  # then TF32 is more precise than the features are
+            torch.set_float32_matmul_precision("high")
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         # keep freed memory: asking the system for it again costs a fifth of a step
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -281,7 +281,7 @@ def choose_device(wanted, world):
 def fastest_precision(device):
     if device.type == "cuda":  # older GPUs emulate bf16, slowly
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    fast_on_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
+    fast_on_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return "bf16" if device.type == "cpu" and fast_on_cpu() else "fp32"
 
 
@@ -410,7 +410,11 @@ def on_signals(handler, worker=None):
 
 
 def load(args):
-    """Training and test set: uint8 images (N, 3, H, W), or Files if too many, and labels."""
+    """Training and test set: uint8 images (N, 3, H, W), or Files if too many, and labels.
+
+    Images in memory are shrunk to image_size first, and views are crops of that; Files crop the
+    originals.
+    """
     root = Path(args.data_dir)
     if args.dataset == "shapes":
         images, labels = zip(*(shapes(500, seed) for seed in range(14)))
@@ -418,13 +422,13 @@ def load(args):
     if args.dataset in ("cifar10", "cifar100"):
         kind = getattr(torchvision.datasets, args.dataset.upper())
         try:
-            sets = [kind(root, train=train, download=True) for train in (True, False)]
+            sets = [kind(root, train=flag, download=True) for flag in (True, False)]
         except Exception as error:
             missing = f"{args.dataset} is not in {root}, and its download failed ({error})"
             fail(f"{missing}: put its archive there, name another --data-dir, or try shapes")
         return [(torch.tensor(s.data.transpose(0, 3, 1, 2)), torch.tensor(s.targets)) for s in sets]
     test = "val" if (root / "val").is_dir() else "test"
-    least_area = Views(8, **args.views).crop
+    least_area = args.views.get("crop", Views.crop)
     sets = [Files(root / split, args.image_size, least_area) for split in ("train", test)]
     if sets[0].classes != sets[1].classes:
         fail(f"{root}: train and {test} have different classes")
@@ -442,7 +446,7 @@ def load_in_turn(args, process):
     for turn in range(3):
         if turn == mine:
             sets = load(args)
-        process.largest()  # waits for the others
+        process.wait()
     return sets
 
 
@@ -535,7 +539,7 @@ def adjust_hue(rgb, turn):
     # hue in sixths of a circle, times chroma: 0 + g - b, 2 + b - r or 4 + r - g by which is highest
     green_or_blue = torch.where(high == green, blue - red + 2 * chroma, red - green + 4 * chroma)
     sixths = torch.where(high == red, green - blue, green_or_blue)
-    hue = (sixths / chroma.clamp_min(1e-12)).mul_(1 / 6).add_(turn + 2)
+    hue = (sixths / chroma.clamp_min(1e-12)).mul_(1 / 6).add_(turn + 2)  # positive
     # a plane is high - chroma clamp(2 - d, 0, 1), d sixths away from where it is low
     for plane, turned in zip(rgb, (5 / 6, 3 / 6, 1 / 6)):
         away = (hue + turned).frac_().mul_(6).sub_(2).abs_()
@@ -623,14 +627,16 @@ class Views:
         for name in ("brightness", "contrast", "saturation"):
             p[name] = 1 + jitter * getattr(self, name) * uniform(-1, 1)
         p.update(hue=jitter * self.hue * uniform(-1, 1), grey=chance(self.grey))
-        p.update(sigma=1e-3 + chance(self.blur) * uniform(0.1, 2), solarise=chance(self.solarise))
+        p.update(sigma=1e-3 + chance(self.blur) * uniform(0.1, 2))  # 1e-3 leaves the image as it is
+        p.update(solarise=chance(self.solarise))
         return p
 
     def apply(self, images, p):
         """Views (B, 3, S, S) of uint8 images (B, 3, H, W) by parameters p, as in torchvision."""
         n, _, height, width = images.shape
         size = self.image_size
-        rows = resampling(p["top"], p["height"], height, size) * (p["brightness"][..., None] / 255)
+        rows = resampling(p["top"], p["height"], height, size)
+        rows *= p["brightness"][..., None] / 255  # cheaper here than on the pixels
         columns = resampling(p["left"], p["width"], width, size)
         images = images.float().reshape(n, 3 * height, width) @ columns.mT
         x = images.new_empty(3, n, size * size)  # colour planes
@@ -721,7 +727,7 @@ def resnet(arch, image_size):
 
 
 class LARS(torch.optim.SGD):
-    """SGD of gradients that, in groups with an eta, are made eta |w| long (arXiv 1708.03888)."""
+    """SGD that rescales gradients to norm eta |w| in groups with an eta (arXiv 1708.03888)."""
 
     @torch.no_grad()
     def step(self):
@@ -837,14 +843,16 @@ class Run:
     def resume(self):
         """Continues from the first process's checkpoint, or begins. Returns the steps done."""
         saved = load_checkpoint(self.out / "checkpoint.pt") if self.first else None
+        settings = saved["settings"] if saved else {}
         for name, value in vars(self.args).items():
-            old = saved["settings"].get(name) if saved else value
+            old = settings.get(name, value)
             if old != value and name not in MAY_CHANGE:
                 fail(f"{self.out} has a run with {name} {old}, not {value}: name another --out")
         if self.first:
             self.out.mkdir(parents=True, exist_ok=True)
             self.log = open(self.out / "log.jsonl", "ab", buffering=0)
-            self.log.truncate(min(saved["log_bytes"], self.log.tell()) if saved else 0)
+            log_bytes = saved["log_bytes"] if saved else 0
+            self.log.truncate(min(log_bytes, self.log.tell()))  # drops steps after the checkpoint
         saved = self.data.process.share(saved)
         if not saved:
             return 0
@@ -878,25 +886,27 @@ class Run:
             waited = time.perf_counter() - self.saved
             if stop or done == self.steps or waited >= self.args.save_every:
                 self.save(done)
-        process.largest()  # ends here if the first process could not save
+        process.wait()  # ends here if the first process could not save
         if stop:
             say(f"stopped and saved after step {done}; the same command resumes the run")
             raise SystemExit(128 + stop)
         self.looked = time.perf_counter()
         *terms, accuracy = rows[-1]
-        test = f" (test {self.test:.1f} %)" if self.test else ""
+        test = f" (test {self.test:.1f} %)" if self.test is not None else ""
         return f"loss {sum(terms):.4g}, probe {100 * accuracy:.1f} %{test}, {rate:.0f} samples/s"
 
     def record(self, done, names, rows, status):
         """Appends the last steps' values, and the status after them, to the log."""
         records = []
         for step, row in enumerate(rows, done - len(rows)):
-            where = dict(step=step, epoch=step // self.data.steps_per_epoch)
-            for name, value in zip(names, row):
+            when = dict(step=step, epoch=step // self.data.steps_per_epoch)
+            values = dict(zip(names, row))
+            for name, value in values.items():
                 if not math.isfinite(value):
                     fail(f"{name} is {value} at step {step}; {self.out} keeps what it had", 1)
-            records.append(dict(where, loss=sum(row[:-1]), **dict(zip(names, row))))
-        records.append(where | status)
+            *terms, _ = row
+            records.append({**when, "loss": sum(terms), **values})
+        records.append({**when, **status})
         self.log.write("".join(json.dumps(record) + "\n" for record in records).encode())
 
     def save(self, done):
@@ -927,11 +937,11 @@ def load_checkpoint(path):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return {name: saved[name] for name in ("settings", "step", "log_bytes", "states")}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:
         reason = f"damaged or of another version of train.py ({type(error).__name__})"
-        fail(f"{path} is {reason}: move it away or name another --out")
+        fail(f"{path} is {reason}: move it away or name another folder")
 
 
 @torch.no_grad()
@@ -954,15 +964,17 @@ def train(args):
     torch.manual_seed(args.seed)
     model = Model(args.arch, args.image_size, args.projector, data.classes)
     model.to(process.device, memory_format=memory_format(process.device))
-    main, probe = build_optimizers(args, model)
+    optimizer, probe_optimizer = build_optimizers(args, model)
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.precision == "fp16")
-    run = Run(args, data, dict(model=model, main=main, probe=probe, scaler=scaler))
+    parts = dict(model=model, main=optimizer, probe=probe_optimizer, scaler=scaler)
+    run = Run(args, data, parts)
     net = distribute(model, process.device)
     criterion = partial(CRITERIA[args.criterion].terms, **args.set)
     if args.compile:
         net = torch.compile(net)
         criterion = torch.compile(criterion)
-    learn = partial(update, net, criterion, (main, probe), scaler, process.autocast())
+    optimizers = optimizer, probe_optimizer
+    learn = partial(update, net, criterion, optimizers, scaler, process.autocast())
     if args.profile:
         return profile(learn, data)
 
@@ -974,10 +986,10 @@ def train(args):
     place = f"{process.world} x {process.device.type} {process.precision}"
     say(f"{args.criterion}, {args.dataset}, {shape}, {place}, {run.out}")
     bar = tqdm(total=run.steps, initial=done, unit="step", disable=not run.first, mininterval=0.5)
-    peak_lr = main.defaults["lr"]
+    peak_lr = optimizer.defaults["lr"]
     rows = []
     for step, (views, labels) in enumerate(data.batches(done, run.steps), done):
-        for group in main.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = peak_lr * schedule(step, run.steps, args.warmup)
         terms, accuracy, za = learn(views, labels)
         rows.append(torch.stack([*terms.values(), accuracy]).detach())
@@ -1000,7 +1012,7 @@ def profile(learn, data):
     with torch.profiler.profile() as profiler:
         for views, labels in batches:
             learn(views, labels)
-    order = f"{data.process.device.type}_time_total"
+    order = "cuda_time_total" if data.process.device.type == "cuda" else "cpu_time_total"
     say(profiler.key_averages().table(order, 30, max_name_column_width=40))
 
 
@@ -1020,7 +1032,7 @@ def run_program(program):
         fail("interrupted", 130)
     except Exception:
         traceback.print_exc()
-        raise SystemExit(1) from None  # which frees the frames, and with them Data's processes
+        fail("ended by the error above", 1)
 
 
 if __name__ == "__main__":
