@@ -81,6 +81,10 @@ def fail(message, status=2):
     if dist.is_initialized() or environment("LOCAL_RANK", 0) == 0:
         rank = f"rank {environment('RANK', 0)}: " if environment("WORLD_SIZE", 1) > 1 else ""
         tqdm.write(f"{Path(sys.argv[0]).name}: {rank}{message}", sys.stderr)
+    leave(status)
+
+
+def leave(status):
     if dist.is_initialized():
         os._exit(status)  # an ordinary exit could wait for the other processes
     raise SystemExit(status)
@@ -889,7 +893,7 @@ class Run:
         process.wait()  # ends here if the first process could not save
         if stop:
             say(f"stopped and saved after step {done}; the same command resumes the run")
-            raise SystemExit(128 + stop)
+            leave(128 + stop)
         self.looked = time.perf_counter()
         *terms, accuracy = rows[-1]
         test = f" (test {self.test:.1f} %)" if self.test is not None else ""
