@@ -109,7 +109,7 @@ def parse_args(argv=None):
     add(
         "--data-dir",
         metavar="DIR",
-        help="holds train/CLASS/IMAGE, or CIFAR's archive; default: data",
+        help="holds train/CLASS/IMAGE, or CIFAR; default: data",
     )
     add("--image-size", type=int, metavar="PIXELS", help="default: 32, imagenet and folder 224")
     add("--views", **pairs, help="augmentation, e.g. grey=0.1; an unknown name lists all")
