@@ -106,11 +106,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="cifar10", help="default: cifar10")
-    add(
-        "--data-dir",
-        metavar="DIR",
-        help="holds train/CLASS/IMAGE, or CIFAR; default: data",
-    )
+    add("--data-dir", metavar="DIR", help="holds train/CLASS/IMAGE, or CIFAR; default: data")
     add("--image-size", type=int, metavar="PIXELS", help="default: 32, imagenet and folder 224")
     add("--views", **pairs, help="augmentation, e.g. grey=0.1; an unknown name lists all")
     add("--workers", type=int, metavar="N", help="image readers; default: one per core, up to 8")
