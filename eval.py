@@ -190,7 +190,10 @@ def embedding_statistics(model, features, batch):
 
 
 def plot(runs, path):
-    """Draws the online probe's test accuracy over minutes of training, and baselines."""
+    """Draws the online probe's test accuracy over minutes, and what eval.py has found, if it has.
+
+    Minutes are those of the usual speed, a running median: pauses and other jobs do not count.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -202,16 +205,21 @@ def plot(runs, path):
         records = map(json.loads, (run / "log.jsonl").read_text().splitlines())
         looks = [record for record in records if "seconds" in record]
         seconds = torch.tensor([look["seconds"] for look in looks])
-        minutes = seconds.clamp(max=3 * seconds.median()).cumsum(0) / 60  # without long pauses
+        speed = torch.tensor([look["samples_per_s"] for look in looks])
+        usual_speed = (
+            F.pad(speed[None], (50, 50), "replicate")[0].unfold(0, 101, 1).median(1).values
+        )
+        minutes = (seconds * speed / usual_speed).cumsum(0) / 60
         tests = [(m, look["probe_test"]) for m, look in zip(minutes, looks) if "probe_test" in look]
-        axes.plot(*torch.tensor(tests).reshape(-1, 2).T, ".-", label=run.name)
-        for baseline in ("random-init", "patches"):
-            found = run / f"eval-{baseline}.json"
-            if found.exists():
-                value = json.loads(found.read_text())["linear_top1"]
+        (curve,) = axes.plot(*torch.tensor(tests).reshape(-1, 2).T, ".-", label=run.name)
+        for found in sorted(run.glob("eval*.json")):
+            value = json.loads(found.read_text())["linear_top1"]
+            if found.name == "eval.json":
+                axes.plot(minutes[-1], value, "*", color=curve.get_color(), markersize=12)
+            else:
                 axes.axhline(value, color="grey", linestyle=":")
-                axes.annotate(f"{baseline}, offline probe", (0, value), va="bottom")
-    axes.set(xlabel="minutes of training", ylabel="online linear probe, test top-1 (%)")
+                axes.annotate(found.stem.replace("eval-", ""), (0, value), va="bottom")
+    axes.set(xlabel="minutes of training", ylabel="test top-1 (%): dots online, stars offline")
     axes.legend()
     try:
         figure.savefig(path, dpi=150)
