@@ -1359,6 +1359,7 @@ def test_decay_and_adaptation_spare_biases_and_norms():
     assert main.param_groups[0]["lr"] == pytest.approx(0.2)
     assert [group["weight_decay"] for group in main.param_groups] == [0, 0]  # LARS has its own
     assert main.param_groups[0]["decay"] == 1e-4
+    assert main.param_groups[0]["eta"] == 0.02
     assert "eta" not in main.param_groups[1]
 
 
