@@ -146,12 +146,9 @@ def evaluate(run, args):
     """The table, a dict. The network is asserted to be bit-identical afterwards."""
     began = time.time()
     saved = load(run)
-    settings = argparse.Namespace(**saved["settings"])
-    settings.device = args.device
-    settings.workers = args.workers
+    here = dict(device=args.device, workers=args.workers, precision="fp32", compile=False)
+    settings = argparse.Namespace(**(saved["settings"] | here))
     settings.data_dir = args.data_dir or settings.data_dir
-    settings.precision = "fp32"
-    settings.compile = False
     process = train.start(settings)
     data = train.Data(settings, process)
     torch.manual_seed(settings.seed)

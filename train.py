@@ -247,17 +247,14 @@ def start(args):
         torch.backends.cudnn.benchmark = True  # shapes hardly ever change
         if precision != "fp32":  # then TF32 is more precise than the features are
             torch.set_float32_matmul_precision("high")
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        # keep freed memory: asking the system for it again costs a fifth of a step
+    if sys.platform == "linux":
+        # make glibc keep freed memory: asking the system for it again costs a fifth of a step
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
     if world == 1:
         return Process(device, precision)
     # one group for tensors on their device, and one that waits for as long as a download takes
-    if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     control = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     return Process(device, precision, dist.get_rank(), world, control)
 
@@ -291,7 +288,10 @@ def memory_format(device):
 
 
 def generator(device, *key):
-    """A random generator that depends on nothing but its key of whole numbers."""
+    """A random generator that depends on nothing but its key of whole numbers.
+
+    Where two uses have the same seed, the key's last number tells them apart.
+    """
     return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
 
 
@@ -379,7 +379,7 @@ class Files(torchvision.datasets.ImageFolder):
         """A DataLoader that keeps its workers from one pass to the next."""
         options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory)
         if workers and sys.platform == "linux":
-            options["multiprocessing_context"] = "fork"  # need not import torch again
+            options["multiprocessing_context"] = "fork"  # others would import torch again
         ignore = partial(on_signals, signal.SIG_IGN)  # the run ends them
         return DataLoader(self, batch_size=None, sampler=keys, worker_init_fn=ignore, **options)
 
@@ -777,7 +777,7 @@ def distribute(model, device):
         return model
     if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    else:  # torch has no SyncBatchNorm for CPUs
+    else:  # torch's SyncBatchNorm refuses CPUs
         for module in model.modules():
             if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 module.forward = partial(batch_norm_of_all, module, module.forward)
@@ -807,22 +807,23 @@ class GatherSum(Gather):
 def update(net, criterion, optimizers, scaler, autocast, views, labels):
     """A step on views (2B, 3, S, S), a's before b's, and labels (B,) of this process's images.
 
-    Returns the criterion's terms, the online probe's accuracy, all processes' embeddings of view a.
+    Returns terms, loss and the probe's accuracy by name, and all processes' embeddings of view a.
     """
     with autocast, record_function("network"):
         embeddings, logits = net(views)
     za, zb = (gather(z) for z in embeddings.chunk(2))
     with record_function("criterion"):
         terms = criterion(za, zb)
+    loss = sum(terms.values())
     labels = labels.repeat(2)
-    loss = sum(terms.values()) + F.cross_entropy(logits.float(), labels)
-    scaler.scale(loss).backward()
+    probe_loss = F.cross_entropy(logits.float(), labels)
+    scaler.scale(loss + probe_loss).backward()
     for optimizer in optimizers:
         scaler.step(optimizer)
         optimizer.zero_grad()
     scaler.update()
     accuracy = (logits.argmax(1) == labels).float().mean()
-    return terms, accuracy, za.detach()
+    return dict(terms, loss=loss, probe_train=accuracy), za.detach()
 
 
 class Run:
@@ -843,22 +844,20 @@ class Run:
     def resume(self):
         """Continues from the first process's checkpoint, or begins. Returns the steps done."""
         saved = load_checkpoint(self.out / "checkpoint.pt") if self.first else None
-        settings = saved["settings"] if saved else {}
+        saved = saved or dict(settings={}, step=0, log_bytes=0, states={})
         for name, value in vars(self.args).items():
-            old = settings.get(name, value)
+            old = saved["settings"].get(name, value)
             if old != value and name not in MAY_CHANGE:
                 fail(f"{self.out} has a run with {name} {old}, not {value}: name another --out")
         if self.first:
             self.out.mkdir(parents=True, exist_ok=True)
             self.log = open(self.out / "log.jsonl", "ab", buffering=0)
-            log_bytes = saved["log_bytes"] if saved else 0
-            self.log.truncate(min(log_bytes, self.log.tell()))  # drops steps after the checkpoint
+            # drops steps after the checkpoint; a log that was deleted must not be filled with zeros
+            self.log.truncate(min(saved["log_bytes"], self.log.tell()))
         saved = self.data.process.share(saved)
-        if not saved:
-            return 0
-        for name, part in self.parts.items():
-            if saved["states"][name]:  # a scaler has none unless the precision was fp16
-                part.load_state_dict(saved["states"][name])
+        for name, state in saved["states"].items():
+            if state:  # a scaler has none unless the precision was fp16
+                self.parts[name].load_state_dict(state)
         return saved["step"]
 
     def ask_to_stop(self, number, frame):
@@ -891,9 +890,9 @@ class Run:
             say(f"stopped and saved after step {done}; the same command resumes the run")
             leave(128 + stop)
         self.looked = time.perf_counter()
-        *terms, accuracy = rows[-1]
+        *_, loss, accuracy = rows[-1]
         test = f" (test {self.test:.1f} %)" if self.test is not None else ""
-        return f"loss {sum(terms):.4g}, probe {100 * accuracy:.1f} %{test}, {rate:.0f} samples/s"
+        return f"loss {loss:.4g}, probe {100 * accuracy:.1f} %{test}, {rate:.0f} samples/s"
 
     def record(self, done, names, rows, status):
         """Appends the last steps' values, and the status after them, to the log."""
@@ -904,9 +903,8 @@ class Run:
             for name, value in values.items():
                 if not math.isfinite(value):
                     fail(f"{name} is {value} at step {step}; {self.out} keeps what it had", 1)
-            *terms, _ = row
-            records.append({**when, "loss": sum(terms), **values})
-        records.append({**when, **status})
+            records.append({**when, **values})
+        records.append({**when, **status})  # of the last step
         self.log.write("".join(json.dumps(record) + "\n" for record in records).encode())
 
     def save(self, done):
@@ -922,7 +920,7 @@ class Run:
 
 def write_file(path, content):
     """Saves an object to a file, as a whole or not at all."""
-    buffer = io.BytesIO()  # written in one piece, so that a full disk is an OSError
+    buffer = io.BytesIO()  # torch.save to a path would report a full disk as a RuntimeError
     torch.save(content, buffer)
     part = path.with_name(path.name + ".part")
     try:
@@ -991,11 +989,11 @@ def train(args):
     for step, (views, labels) in enumerate(data.batches(done, run.steps), done):
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * schedule(step, run.steps, args.warmup)
-        terms, accuracy, za = learn(views, labels)
-        rows.append(torch.stack([*terms.values(), accuracy]).detach())
-        asked = run.signal and process.world == 1
+        values, za = learn(views, labels)
+        rows.append(torch.stack(list(values.values())).detach())
+        asked = run.signal and process.world == 1  # several must stop at the same step
         if (step + 1) % 20 == 0 or (step + 1) % data.steps_per_epoch == 0 or asked:
-            text = run.look(step + 1, [*terms, "probe_train"], rows, za)
+            text = run.look(step + 1, list(values), rows, za)
             bar.update(step + 1 - bar.n)
             bar.set_postfix_str(text)
             rows = []
@@ -1005,7 +1003,7 @@ def train(args):
 
 def profile(learn, data):
     """Says where the time of 20 steps goes, after 10 that warm up."""
-    data.args.grow = 0
+    data.args.grow = 0  # all views of one size
     batches = data.batches(0, 30)
     for _, (views, labels) in zip(range(10), batches):
         learn(views, labels)
