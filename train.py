@@ -247,14 +247,17 @@ def start(args):
         torch.backends.cudnn.benchmark = True  # shapes hardly ever change
         if precision != "fp32":  # then TF32 is more precise than the features are
             torch.set_float32_matmul_precision("high")
-    if sys.platform == "linux":
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         # make glibc keep freed memory: asking the system for it again costs a fifth of a step
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
     if world == 1:
         return Process(device, precision)
     # one group for tensors on their device, and one that waits for as long as a download takes
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     control = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     return Process(device, precision, dist.get_rank(), world, control)
 
@@ -379,7 +382,7 @@ class Files(torchvision.datasets.ImageFolder):
         """A DataLoader that keeps its workers from one pass to the next."""
         options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory)
         if workers and sys.platform == "linux":
-            options["multiprocessing_context"] = "fork"  # others would import torch again
+            options["multiprocessing_context"] = "fork"  # a fresh process would import torch again
         ignore = partial(on_signals, signal.SIG_IGN)  # the run ends them
         return DataLoader(self, batch_size=None, sampler=keys, worker_init_fn=ignore, **options)
 
