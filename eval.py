@@ -186,11 +186,17 @@ def embedding_statistics(model, features, batch):
     return dict(found, negative_variance_times_d=d * seen["negative_variance"].item())
 
 
-def plot(runs, path):
-    """Draws the online probe's test accuracy over minutes, and what eval.py has found, if it has.
+def minutes_of(looks):
+    """Minutes of training until each look at the usual speed, without pauses and other jobs."""
+    seconds = torch.tensor([look["seconds"] for look in looks])
+    speed = torch.tensor([look["samples_per_s"] for look in looks])
+    neighbours = F.pad(speed[None], (50, 50), "replicate")[0].unfold(0, 101, 1)  # (looks, 101)
+    usual_speed = neighbours.median(1).values
+    return (seconds * speed / usual_speed).cumsum(0) / 60
 
-    Minutes are those of the usual speed, a running median: pauses and other jobs do not count.
-    """
+
+def plot(runs, path):
+    """Draws the online probe's test accuracy over minutes, and what eval.py has found, if any."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -201,12 +207,7 @@ def plot(runs, path):
         load(run)  # fails if that is no run
         records = map(json.loads, (run / "log.jsonl").read_text().splitlines())
         looks = [record for record in records if "seconds" in record]
-        seconds = torch.tensor([look["seconds"] for look in looks])
-        speed = torch.tensor([look["samples_per_s"] for look in looks])
-        usual_speed = (
-            F.pad(speed[None], (50, 50), "replicate")[0].unfold(0, 101, 1).median(1).values
-        )
-        minutes = (seconds * speed / usual_speed).cumsum(0) / 60
+        minutes = minutes_of(looks)
         tests = [(m, look["probe_test"]) for m, look in zip(minutes, looks) if "probe_test" in look]
         (curve,) = axes.plot(*torch.tensor(tests).reshape(-1, 2).T, ".-", label=run.name)
         for found in sorted(run.glob("eval*.json")):
