@@ -6,8 +6,7 @@ Notation. The paper's K is (M, N), one column per sample. Here z = K^T is (N, D)
 per sample. The two views of N images are za and zb, in formulas z_i and z'_i, or K and K'.
 x and y, (n, m), are any matrices whose n rows are compared: K^T (samples) or K (dimensions).
 
-In order: theorem 3.3 as two routes to one value; the dimension-contrastive criteria; the
-sample-contrastive criteria; the chain that joins them; two tools; plumbing (gram, logsumexp).
+In order: theorem 3.3; dimension- and sample-contrastive criteria; their chain; tools; plumbing.
 
 A criterion is written as a function f(za, zb, **hyperparameters) that returns its weighted terms.
 @criterion adds them up: vicreg(za, zb) is the loss, vicreg.terms(za, zb) the dict of its terms.
@@ -31,9 +30,10 @@ def full_precision(function):
     """Makes a function compute in float32 (float64 if its tensors are), even under autocast."""
 
     @functools.wraps(function)
-    def wrapper(*args, **kwargs):
+    def wrapper(z, *args, **kwargs):
+        args = z, *args
         args = [x.float() if torch.is_tensor(x) and x.dtype != torch.float64 else x for x in args]
-        with torch.autocast(args[0].device.type, enabled=False):
+        with torch.autocast(z.device.type, enabled=False):
             return function(*args, **kwargs)
 
     return wrapper
@@ -111,7 +111,7 @@ def criterion(terms):
     """Turns f(za, zb, ...) -> dict of weighted terms into their sum, a loss, listed in CRITERIA.
 
     ValueError unless both views are (N, D), N > 1, D > 0. On a CPU, where values are cheap to read,
-    also if the loss is not finite or an entry exceeds 1e15, as float32 squares would overflow.
+    also if the loss is not finite, or an entry over 1e15: squared products would overflow.
     """
 
     @functools.wraps(terms)
@@ -282,17 +282,16 @@ def log_sum_exp(x, temperature, scale=1, n_samples=None, similarity=lambda produ
     return torch.cat([recompute(of_rows, rows, i * height) for i, rows in parts])
 
 
-def nt_xent(za, zb, temperature, negatives, similarity=lambda products: products, decoupled=False):
+def nt_xent(za, zb, temperature, negatives, similarity=lambda products: products, dcl=False):
     """Pulls positives (z_i, z'_i) together, pushes negatives apart; averages over 2N anchors."""
     # mean over anchors i of -p_i / tau + log([exp(p_i / tau)] + sum_j exp(s(z_i . z_j) / tau)),
-    # p_i = s(z_i . z'_i), j over the negatives of i; the bracket is dropped if decoupled
+    # p_i = s(z_i . z'_i), j over the negatives of i; the bracket is dropped for DCL
     if negatives not in ("both", "own"):
         raise ValueError(f"negatives must be 'both' or 'own', not {negatives!r}")
-    n = len(za)
     views = [torch.cat((za, zb))] if negatives == "both" else [za, zb]
-    repulsion = torch.cat([log_sum_exp(z, temperature, 1, n, similarity) for z in views])
+    repulsion = torch.cat([log_sum_exp(z, temperature, 1, len(za), similarity) for z in views])
     positives = similarity(vecdot(za, zb)) / temperature  # (N,)
-    if not decoupled:
+    if not dcl:
         repulsion = torch.logaddexp(repulsion, positives.repeat(2))
     return dict(invariance=-positives.mean(), repulsion=repulsion.mean())
 
@@ -330,20 +329,19 @@ def simclr_standardized(za, zb, temperature=0.2, negatives="both"):
 @criterion
 def dcl(za, zb, temperature=0.2, negatives="both"):
     """DCL (arXiv 2110.06848): SimCLR without the positive in the denominator. Can be negative."""
-    return nt_xent(normalize(za), normalize(zb), temperature, negatives, decoupled=True)
+    return nt_xent(normalize(za), normalize(zb), temperature, negatives, dcl=True)
 
 
 @criterion
 def dcl_sq(za, zb, temperature=0.2, negatives="both"):
     """DCL with squared cosines, the positive's included."""
-    za, zb = normalize(za), normalize(zb)
-    return nt_xent(za, zb, temperature, negatives, torch.square, decoupled=True)
+    return nt_xent(normalize(za), normalize(zb), temperature, negatives, torch.square, dcl=True)
 
 
 @criterion
 def dcl_abs(za, zb, temperature=0.2, negatives="both"):
     """DCL with absolute cosines, the positive's included."""
-    return nt_xent(normalize(za), normalize(zb), temperature, negatives, torch.abs, decoupled=True)
+    return nt_xent(normalize(za), normalize(zb), temperature, negatives, torch.abs, dcl=True)
 
 
 @criterion
@@ -463,7 +461,7 @@ class LogSumExp(torch.autograd.Function):
 
 
 class Gather(torch.autograd.Function):
-    """Stacks all processes' rows. Backward: own rows' gradient times W, as DDP divides by W."""
+    """Stacks all processes' rows. Backward: the sum of all processes' gradients of own rows."""
 
     @staticmethod
     def forward(ctx, z):
@@ -474,7 +472,9 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 gram = Gram.apply

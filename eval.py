@@ -33,13 +33,14 @@ def parse_args(argv=None):
     instead("--patches", **const, const="patches", help="random whitened patches as features")
     add("--data-dir", metavar="DIR", help="default: the run's")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="default: auto")
-    add("--workers", type=int, default=train.cores(), metavar="N", help="default: one per core")
+    add("--workers", type=int, default=train.cores(), metavar="N", help="default: cores, up to 8")
     add("--epochs", type=int, default=100, metavar="N", help="of the linear probe; default: 100")
     add("--k", type=int, default=10, metavar="N", help="nearest neighbours; default: 10")
     add("--plot", type=Path, metavar="FILE", help="only draw a picture; needs matplotlib")
     args = parser.parse_args(argv)
-    if args.epochs < 1 or args.k < 1:
-        train.fail(f"--epochs {args.epochs} or --k {args.k}: not 1 or more")
+    for name, least in dict(epochs=1, k=1, workers=0).items():
+        if getattr(args, name) < least:
+            train.fail(f"--{name} {getattr(args, name)}: not {least} or more")
     if train.environment("WORLD_SIZE", 1) > 1:
         train.fail("runs in one process, without torchrun")
     return args
@@ -82,8 +83,8 @@ def linear_probe(train_x, train_y, test_x, test_y, classes, epochs=100, batch=10
             cosine.step()
     with torch.no_grad():
         logits = torch.cat([probe((x - mean) / std) for x in test_x.split(batch)])
-    best = logits.topk(min(5, classes)).indices == test_y[:, None]  # (N, 5)
-    return tuple(100 * best[:, :k].any(1).float().mean().item() for k in (1, 5))
+    hits = logits.topk(min(5, classes)).indices == test_y[:, None]  # (N, 5)
+    return tuple(100 * hits[:, :k].any(1).float().mean().item() for k in (1, 5))
 
 
 @torch.no_grad()
@@ -178,12 +179,16 @@ def embedding_statistics(model, features, batch):
     draw = train.generator("cpu", 0, 5)
     x = normalize(z[torch.randperm(len(z), generator=draw)[:batch].to(z.device)])
     n, d = x.shape
-    seen, (least, most) = diagnose(x), lemma_3_4(n, d)
-    found = dict(embeddings=d, rankme_embeddings=diagnose(z)["rankme"].item())
-    found.update(norms4_over_least=norms4(x.T).item() / least, norms4_most_over_least=most / least)
-    # these two tend to 0 and 1, proposition 3.1
-    found.update(negative_mean=seen["negative_mean"].item())
-    return dict(found, negative_variance_times_d=d * seen["negative_variance"].item())
+    least, most = lemma_3_4(n, d)
+    seen = diagnose(x)
+    return dict(
+        embeddings=d,
+        rankme_embeddings=diagnose(z)["rankme"].item(),
+        norms4_over_least=norms4(x.T).item() / least,
+        norms4_most_over_least=most / least,
+        negative_mean=seen["negative_mean"].item(),  # tends to 0 (proposition 3.1)
+        negative_variance_times_d=d * seen["negative_variance"].item(),  # tends to 1
+    )
 
 
 def minutes_of(looks):

@@ -38,7 +38,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from duality import CRITERIA, Gather, diagnose, gather
+from duality import CRITERIA, diagnose, gather
 
 # Defaults by dataset, by size of the network, and by optimiser.
 DATASETS = {
@@ -56,8 +56,7 @@ OPTIMIZERS = {
     "adamw": dict(lr=2e-3, weight_decay=1e-2),
 }
 
-RESNETS = torchvision.models.list_models(torchvision.models, include=["*resnet*", "resnext*"])
-ARCHS = ["small", *RESNETS]
+ARCHS = ["small", *torchvision.models.list_models(torchvision.models, include="*resne[tx]*")]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue
 RESIDENT_BYTES = 4 * 2**30  # images that fit in this are held on the device, others are streamed
 LIMITS = dict(image_size=(8, 1024), workers=(0, 256), epochs=(1, 1e6), batch_size=(2, 1e6))
@@ -102,13 +101,13 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("criterion").add_argument
     add("--criterion", choices=CRITERIA, default="vicreg", help="default: vicreg")
-    add("--set", **pairs, help="hyperparameters, e.g. temperature=0.15; an unknown name lists all")
+    add("--set", **pairs, help="hyperparameters, e.g. temperature=0.15; a wrong name lists them")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="cifar10", help="default: cifar10")
     add("--data-dir", metavar="DIR", help="holds train/CLASS/IMAGE, or CIFAR; default: data")
     add("--image-size", type=int, metavar="PIXELS", help="default: 32, imagenet and folder 224")
-    add("--views", **pairs, help="augmentation, e.g. grey=0.1; an unknown name lists all")
+    add("--views", **pairs, help="augmentation, e.g. grey=0.1; a wrong name lists all")
     add("--workers", type=int, metavar="N", help="image readers; default: one per core, up to 8")
 
     add = parser.add_argument_group("model").add_argument
@@ -123,7 +122,7 @@ def parse_args(argv=None):
     add("--lr", type=float, help=scaled)
     add("--weight-decay", type=float, metavar="WD", help="default: 1e-4, adamw 0.01")
     add("--warmup", type=float, default=0.05, metavar="SHARE", help="of steps; default: 0.05")
-    grow = "of steps, the first, with views of 5/8 the size; default: 0, small 0.6"
+    grow = "of steps, at first, with views of 5/8 the size; default: 0, small 0.6"
     add("--grow", type=float, metavar="SHARE", help=grow)
 
     add = parser.add_argument_group("running").add_argument
@@ -291,10 +290,7 @@ def memory_format(device):
 
 
 def generator(device, *key):
-    """A random generator that depends on nothing but its key of whole numbers.
-
-    Where two uses have the same seed, the key's last number tells them apart.
-    """
+    """A random generator that depends on nothing but its key."""
     return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
 
 
@@ -407,7 +403,7 @@ def read_image(path, size):
         return Image.new("RGB", (1, 1), "grey")
 
 
-def on_signals(handler, worker=None):
+def on_signals(handler, worker=None):  # a DataLoader passes its worker's number
     signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGTERM, handler)
 
@@ -415,8 +411,8 @@ def on_signals(handler, worker=None):
 def load(args):
     """Training and test set: uint8 images (N, 3, H, W), or Files if too many, and labels.
 
-    Images in memory are shrunk to image_size first, and views are crops of that; Files crop the
-    originals.
+    A folder that fits in memory is cut and resized to image_size first, and views are crops of
+    that; Files crop the originals.
     """
     root = Path(args.data_dir)
     if args.dataset == "shapes":
@@ -489,18 +485,19 @@ class Data:
             small = step < args.grow * steps
             self.views.image_size = max(8, args.image_size * 5 // 8) if small else args.image_size
             draw = generator(self.process.device, args.seed, step)
-            images = images.expand(2, -1, -1, -1, -1)
+            images = images.expand(2, -1, -1, -1, -1)  # Files bring two crops already
             yield self.views(images, draw, self.process.rank, self.process.world), labels
 
     def keys(self, first, steps):
         """Yields the indices of this process's share of each step's images, and a seed."""
         _, labels = self.sets["train"]
+        size = self.args.batch_size
         for step in range(first, steps):
             epoch, i = divmod(step, self.steps_per_epoch)
             if i == 0 or step == first:
                 draw = generator("cpu", self.args.seed, epoch, 2)
                 order = torch.randperm(len(labels), generator=draw).to(labels.device)
-            batch = order[i * self.args.batch_size :][: self.args.batch_size]
+            batch = order.narrow(0, i * size, size)
             share = batch.chunk(self.process.world)[self.process.rank]
             yield share, self.args.seed * 1_000_003 + step
 
@@ -508,7 +505,7 @@ class Data:
         """Yields (images, labels) of this process's share of a set, resized and normalised."""
         _, labels = self.sets[split]
         shares = torch.arange(len(labels))[self.process.rank :: self.process.world].split(batch)
-        for images, labels in self.fetch(split, [(share, None) for share in shares]):
+        for images, labels in self.fetch(split, [(share, None) for share in shares if len(share)]):
             yield self.whole(images), labels
 
     def fetch(self, split, keys):
@@ -539,7 +536,8 @@ def adjust_hue(rgb, turn):
     red, green, blue = rgb
     high = rgb.amax(0)
     chroma = high - rgb.amin(0)
-    # hue in sixths of a circle, times chroma: 0 + g - b, 2 + b - r or 4 + r - g by which is highest
+    # hue in sixths of a circle, times chroma: g - b, 2 chroma + b - r or 4 chroma + r - g, where
+    # red, green or blue is highest
     green_or_blue = torch.where(high == green, blue - red + 2 * chroma, red - green + 4 * chroma)
     sixths = torch.where(high == red, green - blue, green_or_blue)
     hue = (sixths / chroma.clamp_min(1e-12)).mul_(1 / 6).add_(turn + 2)  # positive
@@ -672,6 +670,7 @@ class Views:
         n = k * b
         size = self.image_size
         p = self.draw(n * world, height, width, images.device, generator)
+        # the draws of a batch are ordered by view, process, image
         p = {name: p[name].view(k, world, b)[:, rank].reshape(n, 1) for name in p}
         images = images.flatten(0, 1)
         views = torch.empty(n, 3, size, size, device=images.device)
@@ -791,17 +790,7 @@ def batch_norm_of_all(module, batch_norm, x):
     if not module.training:
         return batch_norm(x)
     first = dist.get_rank() * len(x)
-    return batch_norm(GatherSum.apply(x))[first : first + len(x)]
-
-
-class GatherSum(Gather):
-    """All processes' rows. The gradient is the sum of what all processes have for this one's."""
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+    return batch_norm(gather(x))[first : first + len(x)]
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -810,7 +799,7 @@ class GatherSum(Gather):
 def update(net, criterion, optimizers, scaler, autocast, views, labels):
     """A step on views (2B, 3, S, S), a's before b's, and labels (B,) of this process's images.
 
-    Returns terms, loss and the probe's accuracy by name, and all processes' embeddings of view a.
+    Returns terms, loss and the probe's top-1 in % by name, and all processes' embeddings of view a.
     """
     with autocast, record_function("network"):
         embeddings, logits = net(views)
@@ -825,8 +814,8 @@ def update(net, criterion, optimizers, scaler, autocast, views, labels):
         scaler.step(optimizer)
         optimizer.zero_grad()
     scaler.update()
-    accuracy = (logits.argmax(1) == labels).float().mean()
-    return dict(terms, loss=loss, probe_train=accuracy), za.detach()
+    top1 = 100 * (logits.argmax(1) == labels).float().mean()
+    return dict(terms, loss=loss, probe_train=top1), za.detach()
 
 
 class Run:
@@ -839,10 +828,9 @@ class Run:
         self.out = Path(args.out)
         self.first = data.process.rank == 0
         self.steps = args.epochs * data.steps_per_epoch
-        self.signal = 0  # its number, once one has asked to stop
+        self.stop_signal = 0  # the number of a signal that has come
         self.test = None  # the last epoch's test accuracy
-        self.looked = time.perf_counter()
-        self.saved = time.perf_counter()
+        self.looked_at = self.saved_at = time.perf_counter()
 
     def resume(self):
         """Continues from the first process's checkpoint, or begins. Returns the steps done."""
@@ -864,17 +852,18 @@ class Run:
         return saved["step"]
 
     def ask_to_stop(self, number, frame):
-        self.signal = number
+        self.stop_signal = number
 
     def look(self, done, names, rows, za):
         """Logs the last steps, tests at an epoch's end, saves when due, stops if asked to.
 
-        Only here does the host wait for the device. Returns what the progress bar shows.
+        Only here, and in fp16's scaler, does the host wait for the device. Returns what the
+        progress bar shows.
         """
         process = self.data.process
-        stop = process.largest(self.signal)
+        stop = process.largest(self.stop_signal)
         rows = (process.sum(torch.stack(rows)) / process.world).tolist()
-        seconds = time.perf_counter() - self.looked
+        seconds = time.perf_counter() - self.looked_at
         rate = len(rows) * self.args.batch_size / seconds
         lr = self.parts["main"].param_groups[0]["lr"]
         status = dict(seconds=seconds, samples_per_s=rate, lr=lr)
@@ -885,29 +874,28 @@ class Run:
             status |= {name: value.item() for name, value in diagnose(za).items()}
         if self.first:
             self.record(done, names, rows, status)
-            waited = time.perf_counter() - self.saved
+            waited = time.perf_counter() - self.saved_at
             if stop or done == self.steps or waited >= self.args.save_every:
                 self.save(done)
         process.wait()  # ends here if the first process could not save
         if stop:
             say(f"stopped and saved after step {done}; the same command resumes the run")
             leave(128 + stop)
-        self.looked = time.perf_counter()
-        *_, loss, accuracy = rows[-1]
+        self.looked_at = time.perf_counter()
+        *_, loss, top1 = rows[-1]
         test = f" (test {self.test:.1f} %)" if self.test is not None else ""
-        return f"loss {loss:.4g}, probe {100 * accuracy:.1f} %{test}, {rate:.0f} samples/s"
+        return f"loss {loss:.4g}, probe {top1:.1f} %{test}, {rate:.0f} samples/s"
 
     def record(self, done, names, rows, status):
-        """Appends the last steps' values, and the status after them, to the log."""
+        """Appends the last steps' values to the log, and to the last of them the status."""
         records = []
         for step, row in enumerate(rows, done - len(rows)):
-            when = dict(step=step, epoch=step // self.data.steps_per_epoch)
             values = dict(zip(names, row))
             for name, value in values.items():
                 if not math.isfinite(value):
                     fail(f"{name} is {value} at step {step}; {self.out} keeps what it had", 1)
-            records.append({**when, **values})
-        records.append({**when, **status})  # of the last step
+            records.append(dict(step=step, epoch=step // self.data.steps_per_epoch, **values))
+        records[-1].update(status)
         self.log.write("".join(json.dumps(record) + "\n" for record in records).encode())
 
     def save(self, done):
@@ -918,7 +906,7 @@ class Run:
         where = dict(settings=vars(self.args), step=done, log_bytes=self.log.tell())
         write_file(self.out / "encoder.pt", model.encoder.state_dict())
         write_file(self.out / "checkpoint.pt", dict(where, states=states))
-        self.saved = time.perf_counter()
+        self.saved_at = time.perf_counter()
 
 
 def write_file(path, content):
@@ -994,7 +982,7 @@ def train(args):
             group["lr"] = peak_lr * schedule(step, run.steps, args.warmup)
         values, za = learn(views, labels)
         rows.append(torch.stack(list(values.values())).detach())
-        asked = run.signal and process.world == 1  # several must stop at the same step
+        asked = run.stop_signal and process.world == 1  # several must stop at the same step
         if (step + 1) % 20 == 0 or (step + 1) % data.steps_per_epoch == 0 or asked:
             text = run.look(step + 1, list(values), rows, za)
             bar.update(step + 1 - bar.n)
