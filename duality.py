@@ -31,7 +31,7 @@ def full_precision(function):
 
     @functools.wraps(function)
     def wrapper(z, *args, **kwargs):
-        args = z, *args
+        args = (z, *args)
         args = [x.float() if torch.is_tensor(x) and x.dtype != torch.float64 else x for x in args]
         with torch.autocast(z.device.type, enabled=False):
             return function(*args, **kwargs)
@@ -111,7 +111,7 @@ def criterion(terms):
     """Turns f(za, zb, ...) -> dict of weighted terms into their sum, a loss, listed in CRITERIA.
 
     ValueError unless both views are (N, D), N > 1, D > 0. On a CPU, where values are cheap to read,
-    also if the loss is not finite, or an entry over 1e15: squared products would overflow.
+    also if the loss is not finite or an entry exceeds 1e15: squared products would overflow.
     """
 
     @functools.wraps(terms)

@@ -2500,21 +2500,21 @@ def test_what_is_not_there_is_named(train_command, refused, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "line",
+    "line, reason",
     [
-        "train.py --criterion foo",
-        "eval.py",
-        "eval.py {0}/none",
-        "eval.py {0}",
-        "eval.py {0} --k 0",
-        "eval.py {0} --workers -1",
+        ("train.py --criterion foo", "foo"),
+        ("eval.py", "RUN"),
+        ("eval.py {0}/none", "no checkpoint.pt"),
+        ("eval.py {0}", "damaged"),
+        ("eval.py {0} --k 0", "--k 0"),
+        ("eval.py {0} --workers -1", "--workers -1"),
     ],
 )
-def test_programs_end_in_one_line(line, tmp_path):
+def test_programs_end_in_one_line(line, reason, tmp_path):
     (tmp_path / "checkpoint.pt").write_text("garbage")
     status, output = run_program(line.format(tmp_path))
     assert status == 2, output
-    assert re.fullmatch(rf"{line.split()[0]}: .*\n", output), output
+    assert re.fullmatch(rf"{line.split()[0]}: .*{reason}.*\n", output), output
 
 
 @pytest.mark.parametrize("epochs", [1, 12])  # 5 and 60 steps
@@ -2613,7 +2613,7 @@ def test_streamed_batches_resume_the_same(train_command, monkeypatch):
     assert first_epoch.bincount().tolist() == [20, 20]
 
 
-def test_each_test_image_is_one_processs_if_processes_are_many(image_folder, monkeypatch):
+def test_more_processes_than_test_images(image_folder, monkeypatch):
     stream_images(monkeypatch)
     data = make_data(f"train.py --dataset folder --data-dir {image_folder} {TINY} --batch-size 8")
     n = len(data.sets["test"][1])

@@ -101,7 +101,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("criterion").add_argument
     add("--criterion", choices=CRITERIA, default="vicreg", help="default: vicreg")
-    add("--set", **pairs, help="hyperparameters, e.g. temperature=0.15; a wrong name lists them")
+    add("--set", **pairs, help="hyperparameters, e.g. temperature=0.15; a wrong name lists all")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="cifar10", help="default: cifar10")
@@ -122,7 +122,7 @@ def parse_args(argv=None):
     add("--lr", type=float, help=scaled)
     add("--weight-decay", type=float, metavar="WD", help="default: 1e-4, adamw 0.01")
     add("--warmup", type=float, default=0.05, metavar="SHARE", help="of steps; default: 0.05")
-    grow = "of steps, at first, with views of 5/8 the size; default: 0, small 0.6"
+    grow = "of steps, at the start, with views of 5/8 the size; default: 0, small 0.6"
     add("--grow", type=float, metavar="SHARE", help=grow)
 
     add = parser.add_argument_group("running").add_argument
