@@ -65,7 +65,7 @@ def norms4(z):
 # Theorem 3.3:  L_nc + sum_j ||K_j,.||^4 = L_c + sum_i ||K_.,i||^4,  as ||K K^T||_F = ||K^T K||_F.
 # The theorem is also an algorithm. The squared products of n rows of length m can be summed through
 # the n x n matrix of the products, or through m x m matrices. Both routes take x and y, (n, m), and
-# return the diagonal of X Y^T, (n,), and the sum of the squares of its other entries.
+# return the diagonal of X Y^T, (n,), and the sum of the squares of all other entries.
 
 
 def direct_route(x, y):
@@ -93,7 +93,7 @@ def cheaper_route(x, y):
 
 def lemma_3_4(n, m, a=1.0):
     """Bounds on norms4(z.T) for n embeddings of norm a in m dimensions. Dual: swap n and m."""
-    # N^2 / M a^4 <= sum_j ||K_j,.||^4 <= N^2 a^4
+    # (N^2 / M) a^4 <= sum_j ||K_j,.||^4 <= N^2 a^4
     return n**2 / m * a**4, n**2 * a**4
 
 
@@ -108,10 +108,10 @@ def corollary_3_4_1(z):
 
 
 def criterion(terms):
-    """Turns f(za, zb, ...) -> dict of weighted terms into their sum, a loss, listed in CRITERIA.
+    """Makes a loss, listed in CRITERIA, of a function of two views that returns weighted terms.
 
     ValueError unless both views are (N, D), N > 1, D > 0. On a CPU, where values are cheap to read,
-    also if the loss is not finite or an entry exceeds 1e15: squared products would overflow.
+    the loss also raises it if it is not finite or an entry exceeds 1e15, a sign of divergence.
     """
 
     @functools.wraps(terms)
@@ -146,12 +146,13 @@ def normalize(z):
 
 
 def standardize(z, eps=1e-5):
-    """Scales each dimension to mean 0 and norm sqrt(N), as batch norm does."""
+    """Centers each dimension and scales it to norm sqrt(N), as batch norm does."""
     return F.batch_norm(z, None, None, training=True, eps=eps)
 
 
 def spread(z):
-    """Scales each dimension to mean 0 and norm sqrt(N / D), Eq 14: embeddings get RMS norm 1."""
+    """Centers each dimension and scales it to norm sqrt(N / D), Eq 14: the RMS of norms is 1."""
+    # centered first: with so small an eps, the rounding of a large mean would be scaled up too
     return standardize(center(z), eps=1e-30) / math.sqrt(z.shape[1])
 
 
@@ -164,7 +165,7 @@ def distance(za, zb):
 
 
 def center_detached(z):
-    # center(z), but no gradient flows through the mean: for K K^T that part is zero anyway.
+    # center(z) without a gradient through the mean: for functions of K K^T it is zero anyway
     return z - z.mean(0).detach()
 
 
@@ -182,7 +183,7 @@ def v_and_c(x):
 
 
 def vicreg_terms(za, zb, v, c, lambda_, mu, nu):
-    # lambda / (N D) sum_i ||z_i - z'_i||^2 + mu / 2 v + nu c,  v = v(K) + v(K'),  c = c(K) + c(K')
+    # lambda / (N D) sum_i ||z_i - z'_i||^2 + mu / 2 (v(K) + v(K')) + nu (c(K) + c(K'))
     return dict(invariance=lambda_ * F.mse_loss(za, zb), variance=mu / 2 * v, covariance=nu * c)
 
 
@@ -204,7 +205,7 @@ def v_and_c_contrastive(x):
 
 @criterion
 def vicreg_contrastive(za, zb, invariance=25.0, variance=25.0, covariance=1.0):
-    """VICReg as contrastive, Eq 9-10: same value and gradient. Less precise if N >> D."""
+    """VICReg as a contrastive method, Eq 9-10: same value and gradient, less precise if N >> D."""
     va, ca = v_and_c_contrastive(center_detached(za).T)
     vb, cb = v_and_c_contrastive(center_detached(zb).T)
     return vicreg_terms(za, zb, va + vb, ca + cb, invariance, variance, covariance)
@@ -270,7 +271,8 @@ def log_sum_exp(x, temperature, scale=1, n_samples=None, similarity=lambda produ
     def of_rows(rows, first):
         products = gram(x) if rows is x else rows @ x.T  # (rows, n)
         scores = similarity(products).div_(scale * temperature)
-        for offset in range(first - n, n, n_samples or n):  # diagonals where i, j are one sample
+        # i = j on the diagonal with offset first; the sample's other view is n_samples away
+        for offset in range(first - n, n, n_samples or n):
             scores.detach().diagonal(offset).fill_(-math.inf)  # exp(-inf) = 0: no gradient either
         return logsumexp(scores)
 
@@ -298,7 +300,7 @@ def nt_xent(za, zb, temperature, negatives, similarity=lambda products: products
 
 @criterion
 def simclr(za, zb, temperature=0.2, negatives="both"):
-    """SimCLR (arXiv 2002.05709), negatives of "both" views; "own" view only: this paper's form."""
+    """SimCLR (arXiv 2002.05709). Negatives of "both" views or, as in this paper, of the "own"."""
     return nt_xent(normalize(za), normalize(zb), temperature, negatives)
 
 
@@ -357,8 +359,9 @@ def spectral(za, zb, radius=3.0):
 
 
 def v_and_c_exp(x, temperature):
-    """v(K) and c_exp(K) for centered x = K (D, N); pass K^T for v(K^T) and c_exp(K^T)."""
-    # c_exp(K) = mean_i log sum_{j != i} exp(C(K)_ij / tau),  C(K) = K K^T / (m - 1), m columns
+    """v(x) and c_exp(x) of x (n, m), which is K or K^T."""
+    # C(x) = x x^T / (m - 1),  c_exp(x) = mean_i log sum_{j != i} exp(C(x)_ij / tau)
+    # v takes the diagonal of C(x) for the variances, also for K^T, whose rows are not centered
     m = x.shape[1]
     return hinge(vecdot(x, x) / (m - 1)), log_sum_exp(x, temperature, scale=m - 1).mean()
 
@@ -374,7 +377,7 @@ def vicreg_exp(za, zb, invariance=25.0, variance=25.0, covariance=25.0, temperat
 @criterion
 def vicreg_ctr(za, zb, invariance=25.0, variance=25.0, covariance=25.0, temperature=0.1):
     """VICReg-exp --transpose--> VICReg-ctr, Eq 13: v and c_exp of K^T, with dimensions centered."""
-    # v(K^T) raises norms to sqrt(D - 1); at that norm, the entries of C(K^T) are cosines.
+    # v(K^T) raises norms to sqrt(D - 1); at that norm, the entries of C(K^T) are cosines
     va, ca = v_and_c_exp(center(za), temperature)
     vb, cb = v_and_c_exp(center(zb), temperature)
     return vicreg_terms(za, zb, va + vb, ca + cb, invariance, variance, covariance)
@@ -382,8 +385,8 @@ def vicreg_ctr(za, zb, invariance=25.0, variance=25.0, covariance=25.0, temperat
 
 @criterion
 def chain(za, zb, t=1.5):
-    """A path through CHAIN: vicreg at t = 0, vicreg_exp at 1, vicreg_ctr at 2, simclr at 3."""
-    # (k + 1 - t) L_k + (t - k) L_{k+1},  L_k = CHAIN[k],  k = floor(t), at most 2
+    """Interpolates the chain: vicreg at t = 0, vicreg_exp at 1, vicreg_ctr at 2, simclr at 3."""
+    # (k + 1 - t) loss_k + (t - k) loss_{k+1},  loss_k = CHAIN[k],  k = floor(t), at most 2
     if not 0 <= t <= 3:
         raise ValueError(f"t must be in [0, 3], not {t}")
     k = min(int(t), 2)
@@ -461,7 +464,7 @@ class LogSumExp(torch.autograd.Function):
 
 
 class Gather(torch.autograd.Function):
-    """Stacks all processes' rows. Backward: the sum of all processes' gradients of own rows."""
+    """Stacks all processes' rows. Backward: own rows of the gradient, summed over processes."""
 
     @staticmethod
     def forward(ctx, z):
