@@ -153,7 +153,8 @@ def evaluate(run, args):
     process = train.start(settings)
     data = train.Data(settings, process)
     torch.manual_seed(settings.seed)
-    model = train.Model(settings.arch, settings.image_size, settings.projector, data.classes)
+    classes = len(saved["states"]["model"]["probe.bias"])  # --data-dir may have others
+    model = train.Model(settings.arch, settings.image_size, settings.projector, classes)
     if not args.baseline:
         model.load_state_dict(saved["states"]["model"])
     model.to(process.device, memory_format=train.memory_format(process.device)).eval()
@@ -169,6 +170,7 @@ def evaluate(run, args):
     found.update(rankme=diagnose(test_x)["rankme"].item())
     if args.baseline != "patches":
         found.update(embedding_statistics(model, test_x, settings.batch_size))
+    data.loaders.clear()  # ends their processes
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     return dict(found, seconds=time.time() - began)
 

@@ -1966,6 +1966,7 @@ def test_two_processes_train_as_one(optimizer, killed, train_command, tmp_path):
     result = torchrun(2, f"{HERE}/{two}")  # starts, or goes on where the killed run stopped
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("2 x cpu fp32") == 1, result.stderr
+    assert "Warning" not in result.stderr, result.stderr
     assert_same_run(tmp_path / "two", tmp_path / "one", 1e-5)
 
 
@@ -2083,20 +2084,17 @@ def test_a_process_that_fails_alone_ends_both_nodes(task, said, train_command, t
 
 def end_alone(task, *words):
     """What torchrun starts: training in which, after some steps, one process fails by itself."""
-    look, record = train.Run.look, train.Run.record
+    look = train.Run.look
 
-    def die_or_look(self, done, *more):
+    def fail_or_look(self, done, *more):
         if done >= 10 and task == "dies" and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
+        if done >= 10 and task == "fills the disk" and os.environ["RANK"] == "0":
+            full = OSError(28, "No space left on device")
+            self.log = mock.Mock(write=mock.Mock(side_effect=full))
         return look(self, done, *more)
 
-    def fail_or_record(self, done, *more):  # which only the first process does
-        if done >= 10 and task == "fills the disk":
-            raise OSError(28, "No space left on device")
-        record(self, done, *more)
-
-    train.Run.look = die_or_look
-    train.Run.record = fail_or_record
+    train.Run.look = fail_or_look
     train.run_program(lambda: train.main(words))
 
 
@@ -2271,6 +2269,24 @@ def test_a_run_moves_between_precisions_data_and_folders(train_command, image_fo
     assert len(step_records(out)) == 20
 
 
+def test_other_images_are_refused_to_train_but_not_to_evaluate(
+    train_command, image_folder, refused, tmp_path
+):
+    unlabelled = Path(shutil.copytree(image_folder, tmp_path / "images"))
+    for path in [*unlabelled.glob("*/второй класс/*")]:
+        path.rename(path.parent.parent / "a class" / path.name)
+    for path in [*unlabelled.glob("*/второй класс")]:
+        path.rmdir()
+    out = tmp_path / "run"
+    run_to_the_end(train_command(out, 1, f"--data-dir {unlabelled}"))
+    refused(train_command(out, 2, f"--data-dir {image_folder}"), "classes 1, not 2", "--out")
+    for name in ("0 ä.png", "2 ä.png"):
+        (unlabelled / "train" / "a class" / name).unlink()
+    refused(train_command(out, 2, f"--data-dir {unlabelled}"), "images 40, not 38", "--out")
+    run_to_the_end(f"eval.py {out} --epochs 5 --data-dir {image_folder}")
+    assert json.loads((out / "eval.json").read_text())["linear_top5"] == 100
+
+
 @pytest.mark.parametrize("wanted", [torch.contiguous_format, torch.channels_last])
 def test_network_and_views_have_the_devices_memory_format(
     wanted, train_command, tmp_path, monkeypatch
@@ -2334,6 +2350,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(train_command, tmp_path):
     assert status == 1, output
     assert re.search(r"variance\b.* (nan|inf) at step 1\b", output), output
     assert file_contents(tmp_path)["checkpoint.pt"] == before["checkpoint.pt"]
+
+
+def test_embeddings_that_are_not_finite_stop_the_run(train_command, tmp_path):
+    # the first test and diagnosis come after step 4, when the embeddings are not finite either
+    line = train_command(tmp_path, 1, "--optimizer sgd --warmup 0 --lr 1e9")
+    status, output = run_program(line)
+    assert status == 1, output
+    assert re.search(r" (nan|inf) at step [12]\b", output), output
+    assert "Traceback" not in output, output
+    assert file_contents(tmp_path)["log.jsonl"] == b""
 
 
 def test_weights_that_are_not_finite_are_not_saved(train_command, tmp_path, monkeypatch, capsys):
@@ -2593,6 +2619,22 @@ def test_damaged_images_are_named_and_replaced(
         assert 1 <= output.count(f"{path} cannot be read") <= max(1, workers * streamed), output
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_are_lost_stop_the_run(
+    streamed, workers, image_folder, train_command, tmp_path
+):
+    root = Path(shutil.copytree(image_folder, tmp_path / "images"))
+    lost = root / "train" / "a class" / "lost ä.png"
+    lost.symlink_to(tmp_path / "nowhere")
+    line = train_command(tmp_path / "run", 2, f"--data-dir {root} --workers {workers}")
+    status, output = run_program(line, streamed=streamed)
+    assert status == 2, output
+    reason = f"No such file or directory: '{lost}'"
+    assert re.search(f"train.py: stopped, what was saved is intact: .*{reason}", output), output
+    assert "Traceback" not in output
+
+
 def test_empty_classes_are_named(train_command, refused, image_folder, tmp_path):
     root = Path(shutil.copytree(image_folder, tmp_path / "images"))
     (root / "train" / "empty class").mkdir()
@@ -2635,7 +2677,7 @@ def test_files_are_read_in_batches(damaged_folder):
         assert crops.shape == (k, 3, 3, 8, 8)
         assert crops.dtype == torch.uint8
         assert labels.tolist() == [0, 0, 1]
-        assert files.samples[0][0] in damaged
+        assert os.fsdecode(files.paths[0]) in damaged
         assert (crops[:, 1] == 128).all()
         assert crops[:, 0].unique().numel() > 1
         torch.testing.assert_close(files[indices, seed][0], crops, rtol=0, atol=0)

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -33,7 +34,7 @@ from PIL import Image, ImageOps
 from torch import distributed as dist
 from torch import nn
 from torch.profiler import record_function
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
@@ -346,18 +347,24 @@ def shapes(n, seed, size=32):
     return (F.avg_pool2d(images.clamp(0, 1), 2) * 255).round().byte(), labels
 
 
-class Files(torchvision.datasets.ImageFolder):
+class Files(Dataset):
     """Images on disk. By (indices, seed): uint8 crops (k, B, 3, S, S), two random ones or, where
     seed is None, the centre; labels (B,)."""
 
     def __init__(self, folder, size, least_area):
         try:
-            super().__init__(folder)
+            found = torchvision.datasets.ImageFolder(folder)
         except FileNotFoundError as error:  # no folder, no class, or a class without images
             fail(f"{str(error).splitlines()[0]}; --data-dir DIR has DIR/train/CLASS/IMAGE")
+        # an array, since each worker would end up with a copy of a list
+        self.paths = np.array([os.fsencode(path) for path, _ in found.samples])
+        self.labels = torch.tensor(found.targets)
+        self.classes = found.classes
         self.size = size
-        self.labels = torch.tensor(self.targets)
         self.random_crop = RandomResizedCrop(size, (least_area, 1))
+
+    def __len__(self):
+        return len(self.paths)
 
     def __getitem__(self, key):
         indices, seed = key
@@ -365,12 +372,11 @@ class Files(torchvision.datasets.ImageFolder):
         return torch.stack(crops, 1), self.labels[indices]
 
     def crops(self, i, seed):
-        path, _ = self.samples[i]
-        image = read_image(path, self.size)
+        image = read_image(os.fsdecode(self.paths[i]), self.size)
         if seed is None:
             crops = [ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR)]
         else:
-            torch.manual_seed((seed * 1_000_003 + i) % 2**63)  # nothing else draws from it
+            torch.default_generator.manual_seed((seed * 1_000_003 + i) % 2**63)
             crops = [self.random_crop(image), self.random_crop(image)]
         return torch.stack([pil_to_tensor(crop) for crop in crops])
 
@@ -393,12 +399,14 @@ class Files(torchvision.datasets.ImageFolder):
 
 
 def read_image(path, size):
-    """The image in a file, or a grey one and a warning if it cannot be read."""
+    """The image in a file, or a grey one and a warning if its content is damaged."""
     try:
         with Image.open(path) as file:
             file.draft("RGB", (2 * size, 2 * size))  # reads a large JPEG smaller
             return file.convert("RGB")
-    except Exception:  # PIL raises all kinds of errors
+    except Exception as error:  # PIL raises all kinds of errors
+        if getattr(error, "errno", None):  # the disk's error, not the image's
+            raise
         warnings.warn(f"{path} cannot be read: a grey image replaces it", stacklevel=1)
         return Image.new("RGB", (1, 1), "grey")
 
@@ -673,8 +681,8 @@ class Views:
         # the draws of a batch are ordered by view, process, image
         p = {name: p[name].view(k, world, b)[:, rank].reshape(n, 1) for name in p}
         images = images.flatten(0, 1)
-        views = torch.empty(n, 3, size, size, device=images.device)
-        views = views.to(memory_format=memory_format(images.device))
+        layout = dict(device=images.device, memory_format=memory_format(images.device))
+        views = torch.empty(n, 3, size, size, **layout)
         chunk = 64 if images.is_cpu else n  # a CPU core's cache holds 64
         with torch.autocast(images.device.type, enabled=False):
             for part in (slice(i, i + chunk) for i in range(0, n, chunk)):
@@ -753,7 +761,7 @@ def build_optimizers(args, model):
     params = [*model.encoder.parameters(), *model.projector.parameters()]
     weights = [p for p in params if p.ndim > 1]
     others = dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0)
-    adamw = partial(torch.optim.AdamW, fused=params[0].device.type != "mps")
+    adamw = partial(torch.optim.AdamW, fused=True)
     probe = adamw(model.probe.parameters(), 1e-2, weight_decay=0.0)
     lr = args.lr * args.batch_size / 256
     if args.optimizer == "lars":
@@ -783,7 +791,9 @@ def distribute(model, device):
         for module in model.modules():
             if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 module.forward = partial(batch_norm_of_all, module, module.forward)
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)  # they agree
+    net = nn.parallel.DistributedDataParallel(model)
+    net.broadcast_buffers = False  # the processes' buffers agree
+    return net
 
 
 def batch_norm_of_all(module, batch_norm, x):
@@ -825,6 +835,8 @@ class Run:
         self.args = args
         self.data = data
         self.parts = parts  # by name, all that has a state
+        _, labels = data.sets["train"]
+        self.settings = dict(vars(args), images=len(labels), classes=data.classes)
         self.out = Path(args.out)
         self.first = data.process.rank == 0
         self.steps = args.epochs * data.steps_per_epoch
@@ -836,7 +848,7 @@ class Run:
         """Continues from the first process's checkpoint, or begins. Returns the steps done."""
         saved = load_checkpoint(self.out / "checkpoint.pt") if self.first else None
         saved = saved or dict(settings={}, step=0, log_bytes=0, states={})
-        for name, value in vars(self.args).items():
+        for name, value in self.settings.items():
             old = saved["settings"].get(name, value)
             if old != value and name not in MAY_CHANGE:
                 fail(f"{self.out} has a run with {name} {old}, not {value}: name another --out")
@@ -857,14 +869,14 @@ class Run:
     def look(self, done, names, rows, za):
         """Logs the last steps, tests at an epoch's end, saves when due, stops if asked to.
 
-        Only here, and in fp16's scaler, does the host wait for the device. Returns what the
-        progress bar shows.
+        Only here, in fp16's scaler and in SyncBatchNorm does the host wait for the device. Returns
+        what the progress bar shows.
         """
         process = self.data.process
         stop = process.largest(self.stop_signal)
-        rows = (process.sum(torch.stack(rows)) / process.world).tolist()
+        records = self.records(done, names, rows)
         seconds = time.perf_counter() - self.looked_at
-        rate = len(rows) * self.args.batch_size / seconds
+        rate = len(records) * self.args.batch_size / seconds
         lr = self.parts["main"].param_groups[0]["lr"]
         status = dict(seconds=seconds, samples_per_s=rate, lr=lr)
         epoch_ends = done % self.data.steps_per_epoch == 0
@@ -872,8 +884,10 @@ class Run:
             self.test = status["probe_test"] = probe_accuracy(self.parts["model"], self.data)
         if epoch_ends or done % 100 == 0:
             status |= {name: value.item() for name, value in diagnose(za).items()}
+        last = records[-1]
+        last.update(status)
         if self.first:
-            self.record(done, names, rows, status)
+            self.log.write("".join(json.dumps(record) + "\n" for record in records).encode())
             waited = time.perf_counter() - self.saved_at
             if stop or done == self.steps or waited >= self.args.save_every:
                 self.save(done)
@@ -882,12 +896,14 @@ class Run:
             say(f"stopped and saved after step {done}; the same command resumes the run")
             leave(128 + stop)
         self.looked_at = time.perf_counter()
-        *_, loss, top1 = rows[-1]
         test = f" (test {self.test:.1f} %)" if self.test is not None else ""
-        return f"loss {loss:.4g}, probe {top1:.1f} %{test}, {rate:.0f} samples/s"
+        probe = f"probe {last['probe_train']:.1f} %{test}"
+        return f"loss {last['loss']:.4g}, {probe}, {rate:.0f} samples/s"
 
-    def record(self, done, names, rows, status):
-        """Appends the last steps' values to the log, and to the last of them the status."""
+    def records(self, done, names, rows):
+        """The last steps' values, averaged over the processes: a dict for each step."""
+        process = self.data.process
+        rows = (process.sum(torch.stack(rows)) / process.world).tolist()
         records = []
         for step, row in enumerate(rows, done - len(rows)):
             values = dict(zip(names, row))
@@ -895,15 +911,14 @@ class Run:
                 if not math.isfinite(value):
                     fail(f"{name} is {value} at step {step}; {self.out} keeps what it had", 1)
             records.append(dict(step=step, epoch=step // self.data.steps_per_epoch, **values))
-        records[-1].update(status)
-        self.log.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        return records
 
     def save(self, done):
         model = self.parts["model"]
         if not all(weight.isfinite().all() for weight in model.parameters()):
             fail(f"weights are not finite after step {done - 1}; {self.out} keeps what it had", 1)
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        where = dict(settings=vars(self.args), step=done, log_bytes=self.log.tell())
+        where = dict(settings=self.settings, step=done, log_bytes=self.log.tell())
         write_file(self.out / "encoder.pt", model.encoder.state_dict())
         write_file(self.out / "checkpoint.pt", dict(where, states=states))
         self.saved_at = time.perf_counter()
@@ -960,7 +975,7 @@ def train(args):
     net = distribute(model, process.device)
     criterion = partial(CRITERIA[args.criterion].terms, **args.set)
     if args.compile:
-        net = torch.compile(net)
+        net = torch.compile(net, dynamic=False)  # once for each of two sizes of views
         criterion = torch.compile(criterion)
     optimizers = optimizer, probe_optimizer
     learn = partial(update, net, criterion, optimizers, scaler, process.autocast())
@@ -1015,13 +1030,17 @@ def run_program(program):
     """Calls program(). User errors end with one line, all errors with a status."""
     try:
         program()
-    except OSError as error:
-        fail(f"stopped, what was saved is intact: {error}")
     except KeyboardInterrupt:
         fail("interrupted", 130)
-    except Exception:
-        traceback.print_exc()
-        fail("ended by the error above", 1)
+    except Exception as error:
+        if isinstance(error, OSError):
+            reason = str(error).strip().rpartition("\n")[2]  # a reader's has a traceback before it
+            message, status = f"stopped, what was saved is intact: {reason}", 2
+        else:
+            traceback.print_exc()
+            message, status = "ended by the error above", 1
+        error.__traceback__ = None  # it holds the image readers, and an exit would wait for them
+        fail(message, status)
 
 
 if __name__ == "__main__":
