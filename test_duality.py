@@ -2716,6 +2716,17 @@ def test_a_streamed_run_makes_one_pool_a_set(method, train_command, tmp_path, mo
         assert all(pool.get_start_method() == "fork" for pool in pools)
 
 
+def test_an_evaluation_ends_its_image_readers(train_command, tmp_path, monkeypatch):
+    stream_images(monkeypatch)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    train.main(shlex.split(train_command(tmp_path, 1))[1:])
+    before = set(multiprocessing.active_children())
+    line = f"eval.py {tmp_path} --workers 1 --epochs 1"
+    monkeypatch.setattr(sys, "argv", shlex.split(line))
+    evaluation.main()
+    assert set(multiprocessing.active_children()) == before
+
+
 # --- Training and evaluation, written out --------------------------------------------------------
 
 
