@@ -901,7 +901,7 @@ class Run:
         return f"loss {last['loss']:.4g}, {probe}, {rate:.0f} samples/s"
 
     def records(self, done, names, rows):
-        """The last steps' values, averaged over the processes: a dict for each step."""
+        """The last steps' values, averaged over processes, a dict a step. Fails if not finite."""
         process = self.data.process
         rows = (process.sum(torch.stack(rows)) / process.world).tolist()
         records = []
