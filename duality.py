@@ -375,7 +375,7 @@ def vicreg_exp(za, zb, invariance=25.0, variance=25.0, covariance=25.0, temperat
 
 
 @criterion
-def vicreg_ctr(za, zb, invariance=25.0, variance=25.0, covariance=25.0, temperature=0.1):
+def vicreg_ctr(za, zb, invariance=25.0, variance=25.0, covariance=25.0, temperature=0.2):
     """VICReg-exp --transpose--> VICReg-ctr, Eq 13: v and c_exp of K^T, with dimensions centered."""
     # v(K^T) raises norms to sqrt(D - 1); at that norm, the entries of C(K^T) are cosines
     va, ca = v_and_c_exp(center(za), temperature)

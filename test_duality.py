@@ -174,7 +174,7 @@ PLAIN = {
     "vicreg": plain_vicreg,
     "vicreg-contrastive": plain_vicreg,
     "vicreg-exp": partial(plain_vicreg, covariance=25.0, temperature=0.1),
-    "vicreg-ctr": partial(plain_vicreg, covariance=25.0, temperature=0.1, transpose=True),
+    "vicreg-ctr": partial(plain_vicreg, covariance=25.0, temperature=0.2, transpose=True),
     "simclr": plain_contrastive,
     "dcl": partial(plain_contrastive, decoupled=True),
     "simclr-sq": partial(plain_contrastive, similarity=torch.square),
