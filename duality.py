@@ -72,7 +72,8 @@ def direct_route(x, y):
     # second value: ||X Y^T - diag(X Y^T)||_F^2
     products = gram(x) if x is y else x @ y.T  # (n, n)
     diagonal = products.diagonal().clone()
-    return diagonal, products.fill_diagonal_(0).norm().square()
+    # row by row: on a CPU, the float32 norm of a whole large matrix loses digits
+    return diagonal, products.fill_diagonal_(0).norm(dim=1).square().sum()
 
 
 def dual_route(x, y):
@@ -164,11 +165,6 @@ def distance(za, zb):
 # ---- Dimension-contrastive criteria (Prop 3.2) ---------------------------------------------------
 
 
-def center_detached(z):
-    # center(z) without a gradient through the mean: for functions of K K^T it is zero anyway
-    return z - z.mean(0).detach()
-
-
 def hinge(variances, eps=1e-4):
     # v(K) = 1/D sum_j max(0, 1 - sqrt(Var(K_j,.) + eps))
     return F.relu(1 - (variances + eps).sqrt()).mean()
@@ -190,8 +186,8 @@ def vicreg_terms(za, zb, v, c, lambda_, mu, nu):
 @criterion
 def vicreg(za, zb, invariance=25.0, variance=25.0, covariance=1.0):
     """VICReg (arXiv 2105.04906) as in its code: v is averaged over the views, c is summed."""
-    va, ca = v_and_c(center_detached(za).T)
-    vb, cb = v_and_c(center_detached(zb).T)
+    va, ca = v_and_c(center(za).T)
+    vb, cb = v_and_c(center(zb).T)
     return vicreg_terms(za, zb, va + vb, ca + cb, invariance, variance, covariance)
 
 
@@ -206,8 +202,8 @@ def v_and_c_contrastive(x):
 @criterion
 def vicreg_contrastive(za, zb, invariance=25.0, variance=25.0, covariance=1.0):
     """VICReg as a contrastive method, Eq 9-10: same value and gradient, less precise if N >> D."""
-    va, ca = v_and_c_contrastive(center_detached(za).T)
-    vb, cb = v_and_c_contrastive(center_detached(zb).T)
+    va, ca = v_and_c_contrastive(center(za).T)
+    vb, cb = v_and_c_contrastive(center(zb).T)
     return vicreg_terms(za, zb, va + vb, ca + cb, invariance, variance, covariance)
 
 
@@ -369,8 +365,8 @@ def v_and_c_exp(x, temperature):
 @criterion
 def vicreg_exp(za, zb, invariance=25.0, variance=25.0, covariance=25.0, temperature=0.1):
     """VICReg --LogSumExp--> VICReg-exp, Eq 11: c's sum of squares becomes a log-sum-exp."""
-    va, ca = v_and_c_exp(center_detached(za).T, temperature)
-    vb, cb = v_and_c_exp(center_detached(zb).T, temperature)
+    va, ca = v_and_c_exp(center(za).T, temperature)
+    vb, cb = v_and_c_exp(center(zb).T, temperature)
     return vicreg_terms(za, zb, va + vb, ca + cb, invariance, variance, covariance)
 
 

@@ -212,18 +212,10 @@ def plot(runs, path):
     axes = figure.subplots()
     for run in runs:
         load(run)  # fails if that is no run
-        records = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-        looks = [record for record in records if "seconds" in record]
-        minutes = minutes_of(looks)
-        tests = [(m, look["probe_test"]) for m, look in zip(minutes, looks) if "probe_test" in look]
-        (curve,) = axes.plot(*torch.tensor(tests).reshape(-1, 2).T, ".-", label=run.name)
-        for found in sorted(run.glob("eval*.json")):
-            value = json.loads(found.read_text())["linear_top1"]
-            if found.name == "eval.json":
-                axes.plot(minutes[-1], value, "*", color=curve.get_color(), markersize=12)
-            else:
-                axes.axhline(value, color="grey", linestyle=":")
-                axes.annotate(found.stem.replace("eval-", ""), (0, value), va="bottom")
+        try:
+            plot_run(run, axes)
+        except ValueError as error:
+            train.fail(f"{run}: log.jsonl or an eval*.json is empty or damaged ({error})")
     axes.set(xlabel="minutes of training", ylabel="test top-1 (%): dots online, stars offline")
     axes.legend()
     try:
@@ -232,17 +224,34 @@ def plot(runs, path):
         train.fail(f"--plot {path}: {error}")
 
 
+def plot_run(run, axes):
+    records = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    looks = [record for record in records if "seconds" in record]
+    if not looks:
+        raise ValueError("no step is logged")
+    minutes = minutes_of(looks)
+    tests = [(m, look["probe_test"]) for m, look in zip(minutes, looks) if "probe_test" in look]
+    (curve,) = axes.plot(*torch.tensor(tests).reshape(-1, 2).T, ".-", label=run.name)
+    for found in sorted(run.glob("eval*.json")):
+        value = json.loads(found.read_text())["linear_top1"]
+        if found.name == "eval.json":
+            axes.plot(minutes[-1], value, "*", color=curve.get_color(), markersize=12)
+        else:
+            axes.axhline(value, color="grey", linestyle=":")
+            axes.annotate(found.stem.replace("eval-", ""), (0, value), va="bottom")
+
+
 def main():
     args = parse_args()
     if args.plot:
         return plot(args.runs, args.plot)
     for run in args.runs:
         found = evaluate(run, args)
+        suffix = f"-{args.baseline}" if args.baseline else ""
+        (run / f"eval{suffix}.json").write_text(json.dumps(found, indent=1))
         print(run)
         for name, value in found.items():
             print(f"{name:30}{value:.4g}" if isinstance(value, float) else f"{name:30}{value}")
-        suffix = f"-{args.baseline}" if args.baseline else ""
-        (run / f"eval{suffix}.json").write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -720,6 +720,14 @@ def test_route_taken_is_as_accurate_as_the_direct(name, n, d, near_optimum, monk
     assert (taken <= 2 * direct + 4 * torch.finfo(torch.float32).eps).all(), (taken, direct)
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+def test_large_sums_of_squares_keep_their_digits(transpose):
+    z = two_views(3000, 1600, dtype=torch.float32)[0]
+    z = z.T if transpose else z
+    exact = duality.L_c(z.double())
+    assert abs(duality.L_c(z).double() / exact - 1) < 1e-6
+
+
 def test_matrix_is_the_smallest(monkeypatch):
     for name in ("vicreg", "barlow-twins", "dimension-contrastive"):
         assert matrix_made(name, *two_views(8, 16)) == "N x N"
@@ -819,6 +827,16 @@ def test_gradcheck(name, n, d, monkeypatch):
     set_block(monkeypatch, 30)
     assert_equal(value_and_gradients(CRITERIA[name], *zs), whole)
     assert torch.autograd.gradcheck(CRITERIA[name], zs)
+
+
+@every_criterion
+def test_second_derivative_is_right_or_an_error(name):
+    zs = [z.requires_grad_() for z in two_views(5, 3)]
+    try:
+        assert torch.autograd.gradgradcheck(CRITERIA[name], zs)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+        assert name.startswith(("simclr", "dcl", "vicreg-exp", "vicreg-ctr", "chain"))
 
 
 def reordered(z):
@@ -1977,6 +1995,11 @@ def test_a_batch_that_does_not_divide_is_refused(batch, processes, refused, monk
     refused(line, f"--batch-size {batch}", str(processes))
 
 
+def test_processes_that_torchrun_has_not_started_are_refused(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as some clusters set it
+    refused(f"train.py --dataset shapes --device cpu {TINY}", "torchrun", "RANK")
+
+
 def save_worker_gradients(args):
     train.start(args)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -2255,6 +2278,14 @@ def test_other_settings_are_refused(more, names, complete_run, train_command, re
     assert file_contents(complete_run) == before
 
 
+def test_a_run_that_has_just_begun_refuses_other_settings(train_command, refused, tmp_path):
+    line = train_command(tmp_path)
+    status, output = run_program(line, (tmp_path / "checkpoint.pt").exists, signal.SIGKILL)
+    assert status == -signal.SIGKILL, output
+    assert load_checkpoint(tmp_path)["step"] == 0
+    refused(f"{line} --seed 1", "seed 0, not 1")
+
+
 def test_a_run_moves_between_precisions_data_and_folders(train_command, image_folder, tmp_path):
     images = shutil.copytree(image_folder, tmp_path / "images")
     out = tmp_path / "run"
@@ -2285,6 +2316,24 @@ def test_other_images_are_refused_to_train_but_not_to_evaluate(
     refused(train_command(out, 2, f"--data-dir {unlabelled}"), "images 40, not 38", "--out")
     run_to_the_end(f"eval.py {out} --epochs 5 --data-dir {image_folder}")
     assert json.loads((out / "eval.json").read_text())["linear_top5"] == 100
+
+
+def test_evaluation_needs_fewer_images_than_a_batch(train_command, image_folder, tmp_path):
+    few = Path(shutil.copytree(image_folder, tmp_path / "few"))
+    for path in few.glob("train/*/1*.png"):
+        path.unlink()
+    assert 0 < len([*few.glob("train/*/*")]) < 40
+    out = tmp_path / "run"
+    run_to_the_end(train_command(out, 1, "--batch-size 40"))
+    run_to_the_end(f"eval.py {out} --epochs 5 --data-dir {few}")
+
+
+def test_a_result_that_cannot_be_shown_is_kept(train_command, tmp_path, monkeypatch):
+    out = tmp_path / "日"
+    run_to_the_end(train_command(out, 1))
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    assert run_command(f"eval.py {out} --epochs 5").returncode == 1
+    assert "linear_top1" in json.loads((out / "eval.json").read_text())
 
 
 @pytest.mark.parametrize("wanted", [torch.contiguous_format, torch.channels_last])
@@ -2323,8 +2372,11 @@ def test_more_epochs_go_on_and_a_complete_run_is_left_alone(complete_run, train_
     assert len(step_records(complete_run)) == STEPS + 5
     assert file_contents(complete_run)["log.jsonl"].startswith(before["log.jsonl"])
     (complete_run / "log.jsonl").unlink()
-    run_to_the_end(train_command(complete_run, EPOCHS + 2))
-    assert log_records(complete_run)
+    line = train_command(complete_run, EPOCHS + 2)
+    run_until_step(STEPS + 5, f"{line} --save-every 99", complete_run, signal.SIGKILL)
+    run_to_the_end(line)
+    steps = [record["step"] for record in log_records(complete_run)]
+    assert steps == list(range(STEPS + 5, STEPS + 10))
 
 
 @pytest.mark.parametrize("largest_file", [0, 1_000_000, 3_000_000])
@@ -2512,6 +2564,18 @@ def test_settings_may_be_given_in_parts():
     assert args.views == {"hue": 0}
 
 
+def test_settings_of_a_new_criterion(monkeypatch, capsys):
+    def mine(za, zb, symmetric=True, weight=25, kind="a"):
+        return za.sum()
+
+    monkeypatch.setitem(CRITERIA, "mine", mine)
+    line = "--criterion mine --set weight=2.5 kind=1 symmetric="
+    assert parse_train(f"{line}0").set == {"weight": 2.5, "kind": "1", "symmetric": 0}
+    with pytest.raises(SystemExit, match="2"):
+        parse_train(f"{line}False")
+    assert "symmetric=True, weight=25, kind=a" in capsys.readouterr().err
+
+
 def test_what_is_not_there_is_named(train_command, refused, tmp_path, monkeypatch):
     refused(train_command("/dev/null/run"), "/dev/null/run")
     refused(train_command(tmp_path, 1, "--batch-size 41"), "--batch-size 41", "40")
@@ -2569,6 +2633,7 @@ def test_images_of_all_kinds_are_read(train_command, tmp_path):
     kinds["CMYK.jpg"] = colour.convert("CMYK")
     kinds["P.png"] = colour.quantize(2)
     kinds["1x1.png"] = colour.resize((1, 1))
+    kinds["16 bits L.png"] = Image.fromarray(np.full((30, 40), 256 * 124 + 99, np.uint16))
     kinds["wide 写真.png"] = colour.resize((30_000, 1))
     kinds["высокий.jpg"] = colour.resize((1, 30_000))
     for split in ("train", "val"):
@@ -3041,6 +3106,12 @@ def test_plot(tmp_path, monkeypatch, refused):
     run = shlex.quote(str(runs[0]))
     refused(f"eval.py {run} --plot {run}/picture.what", "--plot", "picture.what", "not supported")
     refused(f"eval.py {run} --plot {run}/none/picture.png", "none/picture.png", "No such file")
+    log = (runs[0] / "log.jsonl").read_text()
+    for name, content in (("log.jsonl", ""), ("log.jsonl", log[:-9]), ("eval.json", "")):
+        kept = (runs[0] / name).read_text()
+        (runs[0] / name).write_text(content)
+        refused(f"eval.py {run} --plot {run}/picture.png", str(runs[0]), "empty or damaged")
+        (runs[0] / name).write_text(kept)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
     with pytest.raises(SystemExit, match="2"):
         evaluation.plot(runs[:1], tmp_path / "other.png")

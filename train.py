@@ -180,7 +180,7 @@ def keywords(flag, pairs, function):
     for pair in pairs:
         name, _, text = pair.partition("=")
         try:
-            found[name] = type(defaults[name])(text)
+            found[name] = text if isinstance(defaults[name], str) else float(text)
             if not isinstance(found[name], str) and not math.isfinite(found[name]):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
@@ -254,10 +254,13 @@ def start(args):
     if world == 1:
         return Process(device, precision)
     # one group for tensors on their device, and one that waits for as long as a download takes
-    if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
+    try:
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+    except ValueError as error:  # WORLD_SIZE is set, but other variables are not
+        fail(f"start several processes with torchrun ({error})")
     control = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     return Process(device, precision, dist.get_rank(), world, control)
 
@@ -403,6 +406,8 @@ def read_image(path, size):
     try:
         with Image.open(path) as file:
             file.draft("RGB", (2 * size, 2 * size))  # reads a large JPEG smaller
+            if file.mode.startswith("I;16"):  # PIL would clip its 16 bits to the lowest 8
+                file = file.convert("I").point(lambda value: value * (1 / 256))
             return file.convert("RGB")
     except Exception as error:  # PIL raises all kinds of errors
         if getattr(error, "errno", None):  # the disk's error, not the image's
@@ -470,8 +475,6 @@ class Data:
         images, labels = self.sets["train"]
         self.classes = 1 + int(labels.max())
         self.steps_per_epoch = len(labels) // args.batch_size
-        if self.steps_per_epoch == 0:
-            fail(f"--batch-size {args.batch_size}: there are only {len(labels)} training images")
         self.views = Views(args.image_size, **args.views)
         self.whole = Views(args.image_size, crop=1, flip=0, jitter=0, grey=0)
         self.loaders = {}
@@ -855,12 +858,15 @@ class Run:
         if self.first:
             self.out.mkdir(parents=True, exist_ok=True)
             self.log = open(self.out / "log.jsonl", "ab", buffering=0)
-            # drops steps after the checkpoint; a log that was deleted must not be filled with zeros
-            self.log.truncate(min(saved["log_bytes"], self.log.tell()))
+            # drops what came after the checkpoint: all, if its log was deleted and begun again
+            known = saved["log_bytes"]
+            self.log.truncate(known if known <= self.log.tell() else 0)
         saved = self.data.process.share(saved)
         for name, state in saved["states"].items():
             if state:  # a scaler has none unless the precision was fp16
                 self.parts[name].load_state_dict(state)
+        if self.first and saved["step"] == 0:
+            self.save(0)  # now, so that others who want this folder see the settings
         return saved["step"]
 
     def ask_to_stop(self, number, frame):
@@ -965,6 +971,9 @@ def probe_accuracy(model, data):
 def train(args):
     process = start(args)
     data = Data(args, process)
+    _, labels = data.sets["train"]
+    if len(labels) < args.batch_size:
+        fail(f"--batch-size {args.batch_size}: there are only {len(labels)} training images")
     torch.manual_seed(args.seed)
     model = Model(args.arch, args.image_size, args.projector, data.classes)
     model.to(process.device, memory_format=memory_format(process.device))
