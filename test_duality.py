@@ -2007,12 +2007,12 @@ def save_worker_gradients(args):
 
 
 def train_until_a_worker_is_killed(args):
-    """A run whose second process kills itself at the first test after the first checkpoint."""
+    """A run whose second process kills itself at the first test after a checkpoint of some steps."""
     probe_accuracy = train.probe_accuracy
     out = Path(args.out)
 
     def die_or_test(*arguments):
-        if os.environ["RANK"] == "1" and (out / "checkpoint.pt").exists():
+        if os.environ["RANK"] == "1" and load_checkpoint(out)["step"] > 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return probe_accuracy(*arguments)
 
