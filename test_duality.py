@@ -2007,7 +2007,7 @@ def save_worker_gradients(args):
 
 
 def train_until_a_worker_is_killed(args):
-    """A run whose second process kills itself at the first test after a checkpoint of some steps."""
+    """A run whose second process kills itself at the first test after a save of some steps."""
     probe_accuracy = train.probe_accuracy
     out = Path(args.out)
 
