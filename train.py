@@ -866,7 +866,7 @@ class Run:
             if state:  # a scaler has none unless the precision was fp16
                 self.parts[name].load_state_dict(state)
         if self.first and saved["step"] == 0:
-            self.save(0)  # now, so that others who want this folder see the settings
+            self.save(0)  # so that another run in this folder finds the settings
         return saved["step"]
 
     def ask_to_stop(self, number, frame):
