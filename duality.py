@@ -4,7 +4,8 @@ Garrido, Chen, Bardes, Najman, LeCun, ICLR 2023, arXiv 2206.02574.
 
 Notation. The paper's K has a row per dimension and a column per image. Here z = K^T is (N, D): one
 embedding z_i per image, N images in a batch, D dimensions (M in the paper). Each image has two
-views, za and zb; formulas write z_i and z'_i for their rows, K and K' for their transposes.
+views, za and zb; formulas write z_i and z'_i for their rows, K and K' for their transposes, and
+lambda, mu and nu for the weights of invariance, variance and covariance or repulsion.
 
 A criterion is a function f(za, zb, **hyperparameters) that returns a dict of its weighted terms.
 @criterion makes it a loss: vicreg(za, zb) is the sum of the terms, vicreg.terms(za, zb) the dict.
@@ -18,16 +19,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-CRITERIA = {}  # name -> loss, filled by @criterion
-CHAIN = ("vicreg", "vicreg-exp", "vicreg-ctr", "simclr")
-BLOCK = 2**22  # a log-sum-exp holds at most this many products at a time
+CRITERIA = {}  # name, with hyphens -> loss
+BLOCK = 2**22  # about so many products are held at a time by log_sum_exp
 
 
 def criterion(function):
-    """Makes a loss of a function of za and zb that returns weighted terms; lists it in CRITERIA.
+    """Turns a function of (za, zb) that returns weighted terms into a loss listed in CRITERIA.
 
-    It computes in float32 or float64, even under autocast. ValueError if the views are not both
-    (N, D), N > 1, D > 0, or, on a CPU, where looking is cheap, if the loss is not finite.
+    It computes in float32 or float64, even under autocast. Raises ValueError unless both views are
+    (N, D), N > 1, D > 0. On a CPU the loss, not .terms, also raises it if it is not finite.
     """
 
     @functools.wraps(function)
@@ -55,7 +55,25 @@ def criterion(function):
 # Theorem 3.3:  L_nc + sum_j ||K_j,.||^4 = L_c + sum_i ||K_.,i||^4
 # Proof. K^T K (N, N) and K K^T (D, D) have the same eigenvalues, except for zeros. So they have the
 # same Frobenius norm, and each side of the theorem is its square.
-# The algorithm. Whichever criterion is asked for, make the smaller of the two matrices.
+# The algorithm. Whichever criterion is asked for, compute only the smaller of the two matrices.
+
+
+class Gram(torch.autograd.Function):
+    """X X^T. Its gradient, (G + G^T) X, takes one matrix product; autograd's takes two."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return x @ x.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return (grad + grad.T.contiguous()) @ x  # contiguous: adds faster
+
+
+gram = Gram.apply
 
 
 def smaller_gram(x):
@@ -64,15 +82,20 @@ def smaller_gram(x):
     return gram(x) if n <= m else gram(x.T)
 
 
-def diagonal_and_rest(x):
-    """The diagonal of X X^T (n,), all ||x_i||^2, and the sum of squares of its other entries."""
-    # ||X X^T - diag(X X^T)||_F^2 = ||X^T X||_F^2 - sum_i ||x_i||^4
+def diagonal_and_rest(x, y=None):
+    """The diagonal of X Y^T (n,) for x, y (n, m), and the sum of squares of its other entries.
+
+    By default, y is x: then the diagonal holds ||x_i||^2, and the sum is L_c(x).
+    """
+    # ||X Y^T - diag(X Y^T)||_F^2 = <X^T X, Y^T Y>_F - sum_i (x_i . y_i)^2
     n, m = x.shape
-    matrix = smaller_gram(x)
     if n <= m:
-        return matrix.diagonal(), (matrix - matrix.diagonal().diag()).square().sum()
-    diagonal = (x * x).sum(1)
-    return diagonal, matrix.square().sum() - diagonal.square().sum()
+        products = gram(x) if y is None else x @ y.T
+        return products.diagonal(), (products - products.diagonal().diag()).square().sum()
+    gram_x = gram(x.T)
+    gram_y = gram_x if y is None else gram(y.T)
+    diagonal = (x * (x if y is None else y)).sum(1)
+    return diagonal, (gram_x * gram_y).sum() - diagonal.square().sum()
 
 
 def L_c(z):
@@ -86,21 +109,22 @@ def L_nc(z):
 
 
 def norms4(z):
-    """sum_i ||K_.,i||^4, over embeddings, of z = K^T (N, D). Over dimensions: norms4(z.T)."""
+    """sum_i ||K_.,i||^4 of z = K^T (N, D), over embeddings. Over dimensions: norms4(z.T)."""
     return (z * z).sum(1).square().sum()
 
 
 def lemma_3_4(n, m, a=1.0):
     """Bounds on norms4(z.T) for n embeddings of norm a in m dimensions. Dual: swap n and m."""
-    # (N^2 / M) a^4 <= sum_j ||K_j,.||^4 <= N^2 a^4
+    # n^2 / m a^4 <= sum_j ||K_j,.||^4 <= n^2 a^4
     return n**2 / m * a**4, n**2 * a**4
 
 
 def corollary_3_4_1(z):
-    """Bounds on L_c(z) if embeddings have norm 1. For L_nc(z), if dimensions do, pass z.T."""
-    # L_nc - N + N^2 / M <= L_c <= L_nc - N + N^2
+    """Bounds on L_c(z) for embeddings of norm 1; given z.T, on L_nc(z) for dimensions of norm 1."""
+    # L_nc - N + N^2 / D <= L_c <= L_nc - N + N^2
     lower, upper = lemma_3_4(*z.shape)
-    return L_nc(z) - len(z) + lower, L_nc(z) - len(z) + upper
+    base = L_nc(z) - len(z)
+    return base + lower, base + upper
 
 
 # ---- What the criteria share ---------------------------------------------------------------------
@@ -118,24 +142,13 @@ def standardize(z, eps=1e-5):
 
 def spread(z):
     """Centers each dimension and scales it to norm sqrt(N / D), Eq 14."""
-    # centered first: with so small an eps, the rounding of a large mean would be scaled up too
+    # centered first, so that the rounding of a large mean is not scaled up in a constant dimension
     return standardize(center(z), eps=1e-30) / math.sqrt(z.shape[1])
 
 
 def distance(za, zb):
     # 1/N sum_i ||z_i - z'_i||^2
     return za.shape[1] * F.mse_loss(za, zb)
-
-
-def cross_diagonal_and_rest(x, y):
-    """The same of X Y^T for x, y (n, m): its diagonal (n,), and the sum of its other squares."""
-    # ||X Y^T - diag(X Y^T)||_F^2 = <X^T X, Y^T Y>_F - sum_i (x_i . y_i)^2
-    n, m = x.shape
-    if n <= m:
-        matrix = x @ y.T
-        return matrix.diagonal(), (matrix - matrix.diagonal().diag()).square().sum()
-    diagonal = (x * y).sum(1)
-    return diagonal, (gram(x.T) * gram(y.T)).sum() - diagonal.square().sum()
 
 
 def squared_contrast(L, za, zb, invariance, repulsion):
@@ -154,20 +167,24 @@ def dimension_contrastive(za, zb, invariance=25.0, repulsion=1.0):
     return squared_contrast(L_nc, za, zb, invariance, repulsion)
 
 
+# VICReg's terms are those of X = K (D, N) with centered dimensions, and C = X X^T / (N - 1). All
+# are written for X (n, m), because VICReg-ctr takes X = K^T.
+
+
 def hinge(variances, eps=1e-4):
-    # v(K) = 1/D sum_j max(0, 1 - sqrt(Var_j + eps)),  Var_j = C(K)_jj
+    # v = 1/n sum_i max(0, 1 - sqrt(C_ii + eps))
     return F.relu(1 - (variances + eps).sqrt()).mean()
 
 
 def v_and_c(x):
-    # v(K), c(K) = 1/D sum_{i != j} C(K)_ij^2 of centered x = K (D, N),  C(K) = K K^T / (N - 1)
-    D, N = x.shape
+    # c = 1/n sum_{i != j} C_ij^2
+    n, m = x.shape
     diagonal, squares = diagonal_and_rest(x)
-    return hinge(diagonal / (N - 1)), squares / (N - 1) ** 2 / D
+    return hinge(diagonal / (m - 1)), squares / (m - 1) ** 2 / n
 
 
 def vicreg_terms(za, zb, v, c, invariance, variance, covariance):
-    # lambda / (N D) sum_i ||z_i - z'_i||^2 + mu / 2 (v(K) + v(K')) + nu (c(K) + c(K'))
+    # lambda / (N D) sum_i ||z_i - z'_i||^2 + mu / 2 v + nu c, where v and c are both views' sums
     s = F.mse_loss(za, zb)
     return dict(invariance=invariance * s, variance=variance / 2 * v, covariance=covariance * c)
 
@@ -181,7 +198,7 @@ def vicreg(za, zb, invariance=25.0, variance=25.0, covariance=1.0):
 
 
 def v_and_c_contrastive(x):
-    # c(K) = (L_c + L_reg) / (N - 1)^2 / D,  L_reg = sum_i ||K_.,i||^4 - sum_j ||K_j,.||^4
+    # c = (L_c + L_reg) / ((N - 1)^2 D),  L_reg = sum_i ||K_.,i||^4 - sum_j ||K_j,.||^4
     D, N = x.shape
     squares = L_c(x.T) + norms4(x.T) - norms4(x)
     return hinge((x * x).sum(1) / (N - 1)), squares / (N - 1) ** 2 / D
@@ -197,10 +214,10 @@ def vicreg_contrastive(za, zb, invariance=25.0, variance=25.0, covariance=1.0):
 
 @criterion
 def barlow_twins(za, zb, redundancy=0.0051):
-    """Barlow Twins (arXiv 2103.03230). As in its code, batch norm adds 1e-5 to the variances."""
+    """Barlow Twins (arXiv 2103.03230), standardized by batch norm with eps 1e-5, as in its code."""
     # sum_j (1 - C_jj)^2 + lambda sum_{i != j} C_ij^2,  C = K K'^T / N of standardized dimensions
     N = len(za)
-    diagonal, squares = cross_diagonal_and_rest(standardize(za).T, standardize(zb).T)
+    diagonal, squares = diagonal_and_rest(standardize(za).T, standardize(zb).T)
     on_diagonal = (1 - diagonal / N).square().sum()
     return dict(invariance=on_diagonal, redundancy=redundancy * squares / N**2)
 
@@ -214,7 +231,7 @@ def coding_rate(z, eps):
 
 @criterion
 def tcr(za, zb, invariance=1.0, eps=0.5):
-    """Total coding rate (arXiv 2201.10000) of unit-norm embeddings, maximized, divided by N."""
+    """Minus the total coding rate (arXiv 2201.10000) of unit-norm embeddings, divided by N."""
     # lambda / N sum_i ||z_i - z'_i||^2 - (R(Z) + R(Z')) / (2N)
     za, zb = F.normalize(za), F.normalize(zb)
     rate = (coding_rate(za, eps) + coding_rate(zb, eps)) / (2 * len(za))
@@ -232,29 +249,29 @@ def sample_contrastive(za, zb, invariance=25.0, repulsion=1.0):
 
 @criterion
 def spectral(za, zb, radius=3.0):
-    """Spectral contrastive loss (arXiv 2106.04156). Norms are clipped to radius, its sqrt(mu)."""
+    """Spectral contrastive loss (arXiv 2106.04156). Norms are clipped to radius (sqrt(mu))."""
     # -2/N sum_i z_i . z'_i + 1 / (N (N - 1)) sum_{i != j} (z_i . z'_j)^2
     N = len(za)
     za, zb = (z * (radius / z.norm(dim=1, keepdim=True).clamp_min(radius)) for z in (za, zb))
-    positives, squares = cross_diagonal_and_rest(za, zb)
+    positives, squares = diagonal_and_rest(za, zb)
     return dict(invariance=-2 * positives.mean(), repulsion=squares / N / (N - 1))
 
 
 def log_sum_exp(x, n_samples, temperature, similarity=torch.positive):
-    """log sum_j exp(s(x_i . x_j) / tau) for each row of x (n, m), over rows j of other samples.
+    """log sum_j exp(s(x_i . x_j) / tau) for each row i of x (n, m), over rows j of other samples.
 
-    Row i is of sample i mod n_samples. If there are more than BLOCK products, they are made in
-    blocks of rows, and again in the backward pass. The default s is the identity.
+    Row i belongs to sample i mod n_samples; by default, s is the identity. More products than BLOCK
+    are computed in blocks of rows, and computed again in the backward pass.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
-    n, m = x.shape
+    n = len(x)
     sample = torch.arange(n, device=x.device) % n_samples
 
     def of_rows(rows, sample_of_row):
-        products = gram(x) if len(rows) == n <= m else rows @ x.T
+        products = gram(x) if rows is x else rows @ x.T
         same = sample_of_row[:, None] == sample
-        scores = similarity(products).div_(temperature).masked_fill_(same, -math.inf)
+        scores = (similarity(products) / temperature).masked_fill_(same, -math.inf)
         return scores.logsumexp(1)
 
     if n * n <= BLOCK:
@@ -267,7 +284,7 @@ def log_sum_exp(x, n_samples, temperature, similarity=torch.positive):
 def nt_xent(za, zb, temperature, negatives, similarity=torch.positive, dcl=False):
     """Pulls positives (z_i, z'_i) together, pushes negatives apart; averages over 2N anchors."""
     # mean over anchors i of -p_i / tau + log([exp(p_i / tau)] + sum_j exp(s(z_i . z_j) / tau)),
-    # p_i = s(z_i . z'_i), j over the negatives of i; DCL leaves out the bracket
+    # p_i = s(z_i . z'_i), j over the negatives of i; DCL leaves out [...]
     if negatives not in ("both", "own"):
         raise ValueError(f"negatives must be 'both' or 'own', not {negatives!r}")
     views = [torch.cat((za, zb))] if negatives == "both" else [za, zb]
@@ -280,19 +297,19 @@ def nt_xent(za, zb, temperature, negatives, similarity=torch.positive, dcl=False
 
 @criterion
 def simclr(za, zb, temperature=0.2, negatives="both"):
-    """SimCLR (arXiv 2002.05709). Negatives of "both" views or, as in this paper, of the "own"."""
+    """SimCLR (arXiv 2002.05709). Negatives are of "both" views or, as in this paper, the "own"."""
     return nt_xent(F.normalize(za), F.normalize(zb), temperature, negatives)
 
 
 @criterion
 def simclr_sq(za, zb, temperature=0.2, negatives="both"):
-    """SimCLR with squared cosines, the positive's included."""
+    """SimCLR with all cosines squared, also that of the positive pair."""
     return nt_xent(F.normalize(za), F.normalize(zb), temperature, negatives, torch.square)
 
 
 @criterion
 def simclr_abs(za, zb, temperature=0.2, negatives="both"):
-    """SimCLR with absolute cosines, the positive's included."""
+    """SimCLR with the absolute values of all cosines, also that of the positive pair."""
     return nt_xent(F.normalize(za), F.normalize(zb), temperature, negatives, torch.abs)
 
 
@@ -304,7 +321,7 @@ def simclr_centered(za, zb, temperature=0.2, negatives="both"):
 
 @criterion
 def simclr_standardized(za, zb, temperature=0.2, negatives="both"):
-    """Variant B of table 1, Eq 14: dimensions of mean 0 and norm sqrt(N / D), embeddings as is."""
+    """Variant B of table 1, Eq 14: dimensions of mean 0 and norm sqrt(N / D)."""
     return nt_xent(spread(za), spread(zb), temperature, negatives)
 
 
@@ -316,13 +333,13 @@ def dcl(za, zb, temperature=0.2, negatives="both"):
 
 @criterion
 def dcl_sq(za, zb, temperature=0.2, negatives="both"):
-    """DCL with squared cosines, the positive's included."""
+    """DCL with all cosines squared, also that of the positive pair."""
     return nt_xent(F.normalize(za), F.normalize(zb), temperature, negatives, torch.square, dcl=True)
 
 
 @criterion
 def dcl_abs(za, zb, temperature=0.2, negatives="both"):
-    """DCL with absolute cosines, the positive's included."""
+    """DCL with the absolute values of all cosines, also that of the positive pair."""
     return nt_xent(F.normalize(za), F.normalize(zb), temperature, negatives, torch.abs, dcl=True)
 
 
@@ -330,9 +347,10 @@ def dcl_abs(za, zb, temperature=0.2, negatives="both"):
 
 
 def v_and_c_exp(x, temperature):
-    # v(x), c_exp(x) = 1/n sum_i log sum_{j != i} exp(C(x)_ij / tau) of x = K or K^T (n, m)
+    # c_exp = 1/n sum_i log sum_{j != i} exp(C_ij / tau)
     n, m = x.shape
-    return hinge((x * x).sum(1) / (m - 1)), log_sum_exp(x, n, temperature * (m - 1)).mean()
+    x = x / math.sqrt(m - 1)
+    return hinge((x * x).sum(1)), log_sum_exp(x, n, temperature).mean()
 
 
 @criterion
@@ -346,15 +364,18 @@ def vicreg_exp(za, zb, invariance=25.0, variance=25.0, covariance=25.0, temperat
 @criterion
 def vicreg_ctr(za, zb, invariance=25.0, variance=25.0, covariance=25.0, temperature=0.2):
     """VICReg-exp --transpose--> VICReg-ctr, Eq 13: v and c_exp of K^T, with dimensions centered."""
-    # v(K^T) raises norms to sqrt(D - 1); at that norm, the entries of C(K^T) are cosines
+    # v now raises norms to sqrt(D - 1), and C has the cosines of embeddings with that norm
     va, ca = v_and_c_exp(center(za), temperature)
     vb, cb = v_and_c_exp(center(zb), temperature)
     return vicreg_terms(za, zb, va + vb, ca + cb, invariance, variance, covariance)
 
 
+CHAIN = ("vicreg", "vicreg-exp", "vicreg-ctr", "simclr")
+
+
 @criterion
 def chain(za, zb, t=1.5):
-    """Interpolates the chain: vicreg at t = 0, vicreg_exp at 1, vicreg_ctr at 2, simclr at 3."""
+    """Between the chain's losses at their defaults: CHAIN[t] for t = 0, 1, 2, 3."""
     # sum_k max(0, 1 - |t - k|) loss_k,  loss_k = CHAIN[k]
     if not 0 <= t <= 3:
         raise ValueError(f"t must be in [0, 3], not {t}")
@@ -370,22 +391,22 @@ def chain(za, zb, t=1.5):
 
 
 def rankme(z):
-    """Effective rank of z (N, D), nan if it is not finite (arXiv 2210.02885)."""
+    """Effective rank of z (N, D), nan if z is not finite; best in float64 (arXiv 2210.02885)."""
     # exp(-sum_k p_k log p_k),  p_k = s_k / sum_l s_l + 1e-7,  s the singular values of z
     matrix = smaller_gram(z)
     if not matrix.isfinite().all():
         return torch.tensor(math.nan).to(z)
     s = torch.linalg.eigvalsh(matrix).clamp_min(0).sqrt()
-    p = s / s.sum().clamp_min(1e-300) + 1e-7
+    p = s / s.sum().clamp_min(torch.finfo(s.dtype).tiny) + 1e-7
     return (-p * p.log()).sum().exp()
 
 
 @torch.no_grad()
 def diagnose(z):
-    """Signs of collapse in z (N, D), and both sides of theorem 3.3, as 0-d float64 tensors.
+    """Indicators of collapse of z (N, D), and both sides of theorem 3.3, as 0-d float64 tensors.
 
     negative_mean and negative_variance are over cosines of different samples: ideally 0 and 1 / D
-    (Prop 3.1). What cannot be computed, because z is not finite, is nan.
+    (Prop 3.1). Where z is not finite, what cannot be computed is nan.
     """
     z = z.cpu().double() if z.device.type == "mps" else z.double()  # MPS has no float64
     N, D = z.shape
@@ -400,10 +421,10 @@ def diagnose(z):
 
 
 def gather(z):
-    """Stacks the rows of all W processes by rank: (N / W, D) -> (N, D). No group: returns z.
+    """Stacks the rows of all W processes by rank, (N / W, D) -> (N, D); without a group, returns z.
 
-    All processes need equally many rows (drop_last=True). Each then computes the whole batch's
-    loss, and the average of the processes' gradients, as DDP takes it, is the whole batch's.
+    All processes need equally many rows (drop_last=True). Each computes the loss of the whole
+    batch; gradients are summed over processes, so that DDP's average is that of the whole batch.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return z
@@ -423,26 +444,8 @@ def sum_over_processes(gradient):
     return total
 
 
-class Gram(torch.autograd.Function):
-    """X X^T. Its gradient, (G + G^T) X, takes one matrix product; autograd's takes two."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return x @ x.T
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return (grad + grad.T.contiguous()) @ x
-
-
-gram = Gram.apply
-
-
 if __name__ == "__main__":
     z = torch.randn(256, 128, dtype=torch.float64)
     left, right = (z.T @ z).square().sum(), (z @ z.T).square().sum()
-    print(f"L_nc + sum_j ||K_j,.||^4 = {L_nc(z):.2f} + {norms4(z.T):.2f} = {left:.4f}")
-    print(f"L_c  + sum_i ||K_.,i||^4 = {L_c(z):.2f} + {norms4(z):.2f} = {right:.4f}")
+    print(f"L_nc + sum_j ||K_j,.||^4 = {L_nc(z):.2f} + {norms4(z.T):.2f} = {left:.2f}")
+    print(f"L_c  + sum_i ||K_.,i||^4 = {L_c(z):.2f} + {norms4(z):.2f} = {right:.2f}")
