@@ -7,41 +7,31 @@ torchrun --nproc-per-node 8 train.py --dataset imagenet --data-dir imagenet --ba
 """
 
 import argparse
-import atexit
-import ctypes
+import ast
 import datetime
 import inspect
 import io
 import json
 import math
 import os
-import re
-import signal
 import sys
 import time
-import traceback
-import warnings
-import zlib
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import distributed as dist
 from torch import nn
-from torch.profiler import record_function
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import normalize, pil_to_tensor
 from tqdm import tqdm
 
 from duality import CRITERIA, diagnose, gather
 
-# Defaults by dataset, by size of the network, and by optimiser.
 DATASETS = {
     "cifar10": dict(arch="resnet18", epochs=100, image_size=32),
     "cifar100": dict(arch="resnet18", epochs=100, image_size=32),
@@ -56,236 +46,167 @@ OPTIMIZERS = {
     "sgd": dict(lr=0.1, weight_decay=1e-4),
     "adamw": dict(lr=2e-3, weight_decay=1e-2),
 }
-
 ARCHS = ["small", *torchvision.models.list_models(torchvision.models, include="*resne[tx]*")]
+# The augmentation: least area of a crop; probabilities of a flip and of color jitter; the jitter's
+# strengths; probabilities of grey, blur and solarization. All are in [0, 1].
+VIEWS = dict(crop=0.2, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+VIEWS |= dict(grey=0.2, blur=0.0, solarize=0.0)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue
 RESIDENT_BYTES = 4 * 2**30  # images that fit in this are held on the device, others are streamed
-LIMITS = dict(image_size=(8, 1024), workers=(0, 256), epochs=(1, 1e6), batch_size=(2, 1e6))
-LIMITS |= dict(lr=(1e-9, 1e9), weight_decay=(0, 1e9), warmup=(0, 1), grow=(0, 1))
-LIMITS |= dict(save_every=(0, 1e9), seed=(0, 1e9))
-MAY_CHANGE = "epochs data_dir workers device precision out save_every compile profile".split()
+MAY_CHANGE = "epochs data_dir workers device precision out save_every compile".split()
 
-
-def environment(name, default):
-    """A number that torchrun sets."""
-    return int(os.environ.get(name, default))
-
-
-def say(message):
-    if environment("RANK", 0) == 0:
-        tqdm.write(message, sys.stderr)  # above the progress bar
-
-
-def fail(message, status=2):
-    """Ends this process with one line. Until they are connected, one process a node prints it."""
-    if dist.is_initialized() or environment("LOCAL_RANK", 0) == 0:
-        rank = f"rank {environment('RANK', 0)}: " if environment("WORLD_SIZE", 1) > 1 else ""
-        tqdm.write(f"{Path(sys.argv[0]).name}: {rank}{message}", sys.stderr)
-    leave(status)
-
-
-def leave(status):
-    if dist.is_initialized():
-        os._exit(status)  # an ordinary exit could wait for the other processes
-    raise SystemExit(status)
+# torchrun's processes: how many, the number of this one, and its number on its node
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
 # ---- Settings ------------------------------------------------------------------------------------
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the description's lines and shows every option's default."""
+
+
 def parse_args(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    usage = "%(prog)s [options]"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=raw)
-    parser.error = lambda message: fail(f"{message} (-h lists the options)")
+    text = f"{__doc__}\nDefaults depend on --dataset, --criterion, --arch and --optimizer."
+    parser = argparse.ArgumentParser("train.py", "%(prog)s [options]", text, add_help=False)
+    parser.formatter_class = HelpFormatter
     pairs = dict(nargs="+", action="extend", default=[], metavar="NAME=VALUE")
 
-    add = parser.add_argument_group("criterion").add_argument
-    add("--criterion", choices=CRITERIA, default="vicreg", help="default: vicreg")
+    add = parser.add_argument_group("criterion and data").add_argument
+    add("--criterion", choices=CRITERIA, default="vicreg", help="a loss of duality.py")
     add("--set", **pairs, help="hyperparameters, e.g. temperature=0.15; a wrong name lists all")
+    add("--dataset", choices=DATASETS, default="cifar10", help="what to train on")
+    add("--data-dir", type=path, default="data", help="holds train/CLASS/IMAGE, or CIFAR")
+    add("--image-size", type=number(int, 8, 1024), metavar="PIXELS", help="side of a view")
+    add("--views", **pairs, help="augmentation, e.g. grey=0.1 blur=0.5; a wrong name lists all")
+    add("--workers", type=number(int, 0, 256), default=cores(), help="processes that read images")
 
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="cifar10", help="default: cifar10")
-    add("--data-dir", metavar="DIR", help="holds train/CLASS/IMAGE, or CIFAR; default: data")
-    add("--image-size", type=int, metavar="PIXELS", help="default: 32, imagenet and folder 224")
-    add("--views", **pairs, help="augmentation, e.g. grey=0.1; a wrong name lists all")
-    add("--workers", type=int, metavar="N", help="image readers; default: one per core, up to 8")
-
-    add = parser.add_argument_group("model").add_argument
-    add("--arch", choices=ARCHS, help="default: resnet18, imagenet resnet50, shapes small")
-    add("--projector", metavar="N-N-N", help="default: 2048-2048-2048, small 512-512-512")
-
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, metavar="N", help="default: 100, shapes 12")
-    add("--batch-size", type=int, metavar="N", help="total over processes; default: 256, small 128")
-    add("--optimizer", choices=OPTIMIZERS, help="default: lars, small adamw")
-    scaled = "scaled by batch size / 256, except with adamw; default: 0.1, adamw 2e-3"
-    add("--lr", type=float, help=scaled)
-    add("--weight-decay", type=float, metavar="WD", help="default: 1e-4, adamw 0.01")
-    add("--warmup", type=float, default=0.05, metavar="SHARE", help="of steps; default: 0.05")
-    grow = "of steps, at the start, with views of 5/8 the size; default: 0, small 0.6"
-    add("--grow", type=float, metavar="SHARE", help=grow)
+    add = parser.add_argument_group("model and optimization").add_argument
+    add("--arch", choices=ARCHS, metavar="NAME", help="small, or one of torchvision's ResNets")
+    add("--projector", type=widths, metavar="N-N-N", help="widths of its layers")
+    add("--epochs", type=number(int, 1, 1e6), help="passes over the data")
+    add("--batch-size", type=number(int, 2, 1e6), help="of all processes together")
+    add("--optimizer", choices=OPTIMIZERS, help="of encoder and projector")
+    add("--lr", type=number(float, 0, 1e9), help="times batch size / 256, except with adamw")
+    add("--weight-decay", type=number(float, 0, 1e9), help="of weights, not of biases and norms")
+    add("--warmup", type=number(float, 0, 1), default=0.05, help="share of the steps")
+    add("--grow", type=number(float, 0, 1), help="share of the steps, at 5/8 of the image size")
 
     add = parser.add_argument_group("running").add_argument
-    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="default: auto")
+    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="to train on")
     precisions = ["auto", "bf16", "fp16", "fp32"]
-    add("--precision", choices=precisions, default="auto", help="default: auto, the fastest")
-    add("--seed", type=int, default=0, metavar="N", help="default: 0")
-    add("--out", metavar="DIR", help="the run's folder; default: runs/DATASET-CRITERION")
-    add("--save-every", type=float, default=120, metavar="SECONDS", help="default: 120")
+    add("--precision", choices=precisions, default="auto", help="auto is the fastest")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random")
+    add("--out", type=path, help="the run's folder")
+    add("--save-every", type=number(float, 0, 1e9), default=120, help="seconds")
     add("--compile", action="store_true", help="torch.compile network, criterion and views")
-    add("--profile", action="store_true", help="show where a step's time goes; saves nothing")
+
+    chosen, _ = parser.parse_known_args(argv)
+    defaults = DATASETS[chosen.dataset] | dict(out=f"runs/{chosen.dataset}-{chosen.criterion}")
+    defaults |= SMALL if (chosen.arch or defaults["arch"]) == "small" else RESNET
+    defaults |= OPTIMIZERS[chosen.optimizer or defaults["optimizer"]]
+    parser.set_defaults(**defaults)
+    add("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this and exit")
     args = parser.parse_args(argv)
-    complete(args)
+    check(args, parser)
     return args
 
 
-def complete(args):
-    """Adds the defaults that depend on other settings, and refuses what cannot work."""
-    defaults = dict(data_dir="data", workers=cores(), out=f"runs/{args.dataset}-{args.criterion}")
-    defaults |= DATASETS[args.dataset]
-    defaults |= SMALL if (args.arch or defaults["arch"]) == "small" else RESNET
-    defaults |= OPTIMIZERS[args.optimizer or defaults["optimizer"]]
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name, (least, most) in LIMITS.items():
-        value = getattr(args, name)
-        if not least <= value <= most:
-            fail(f"--{name.replace('_', '-')} {value}: not between {least:g} and {most:g}")
-    if not re.fullmatch(r"[1-9]\d{0,4}(-[1-9]\d{0,4})*", args.projector):
-        fail(f"--projector {args.projector}: not a list of layer widths such as 2048-2048-512")
-    args.set = keywords("--set", args.set, CRITERIA[args.criterion])
-    args.views = keywords("--views", args.views, Views)
-    try:  # now, not after the data are read
-        Views(8, **args.views)
-        embeddings = torch.randn(2, 4, int(args.projector.split("-")[-1]))
-        CRITERIA[args.criterion](*embeddings, **args.set)
-    except (ArithmeticError, ValueError) as error:
-        fail(f"--set, --views or --projector: {error}")
+def number(kind, least, most):
+    """An option's type: a number from least to most."""
+
+    def parse(text):
+        if not least <= kind(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least:g} and {most:g}")
+        return kind(text)
+
+    return parse
+
+
+def widths(text):
+    """An option's type: layer widths such as 2048-2048-512."""
+    if min(map(int, text.split("-"))) < 1:
+        raise ValueError
+    return text
+
+
+def path(text):
+    return os.path.abspath(os.path.expanduser(text))
 
 
 def cores():
-    """The number of cores that this process may use, at most eight."""
+    """How many cores there are for each of the node's processes, at most eight."""
     linux = hasattr(os, "sched_getaffinity")
     n = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
-    return min(8, max(1, n // environment("LOCAL_WORLD_SIZE", 1)))
+    return max(1, min(8, n // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def keywords(flag, pairs, function):
-    """NAME=VALUE texts as keyword arguments of the function; its defaults tell their types."""
-    parameters = inspect.signature(function).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    found = {}
+def check(args, parser):
+    """Completes --set and --views, and tries the criterion before any data are read."""
+    parameters = inspect.signature(CRITERIA[args.criterion]).parameters.values()
+    hyperparameters = {p.name: p.default for p in parameters if p.default is not p.empty}
+    try:
+        args.set = keywords(args.set, hyperparameters)
+        args.views = keywords(args.views, VIEWS)
+        if args.batch_size % WORLD or args.batch_size < 2 * WORLD:
+            raise ValueError(f"--batch-size is not {WORLD} parts of at least 2")
+        if not all(0 <= value <= 1 for value in args.views.values()):
+            raise ValueError("--views are between 0 and 1")
+        views = torch.randn(2, args.batch_size, int(args.projector.split("-")[-1]))
+        CRITERIA[args.criterion](*views, **args.set)
+    except (ArithmeticError, ValueError) as error:
+        parser.error(str(error))
+
+
+def keywords(pairs, defaults):
+    """The defaults, updated by NAME=VALUE texts in their types."""
+    found = dict(defaults)
     for pair in pairs:
         name, _, text = pair.partition("=")
         try:
-            found[name] = text if isinstance(defaults[name], str) else float(text)
-            if not isinstance(found[name], str) and not math.isfinite(found[name]):
+            kind = type(defaults[name])
+            value = text if kind is str else ast.literal_eval(text)
+            found[name] = kind(value)
+            if found[name] != value:
                 raise ValueError
-        except (KeyError, TypeError, ValueError):
-            choices = ", ".join(f"{name}={default}" for name, default in defaults.items())
-            fail(f"{flag} {pair}: choose from {choices}")
+        except (KeyError, SyntaxError, TypeError, ValueError):
+            choices = ", ".join(f"{name}={default!r}" for name, default in defaults.items())
+            raise ValueError(f"{pair}: choose from {choices}") from None
     return found
 
 
 # ---- Processes and devices -----------------------------------------------------------------------
 
 
-@dataclass
-class Process:
-    """This process: its device, and its rank among the processes that torchrun has started."""
-
-    device: torch.device
-    precision: str = "fp32"
-    rank: int = 0
-    world: int = 1
-    control: object = None  # a group that waits patiently, but notices if a process has died
-
-    def largest(self, number=0):
-        """The largest number of all processes. Ends this one if another has failed."""
-        number = torch.tensor(number)
-        if self.world > 1:
-            try:
-                dist.all_reduce(number, dist.ReduceOp.MAX, group=self.control)
-            except RuntimeError:
-                fail("another process has ended", 1)
-        return number.item()
-
-    def wait(self):
-        """Waits for all processes. Ends this one if another has failed."""
-        self.largest()
-
-    def share(self, value):
-        """The first process's value, in all of them."""
-        values = [value]
-        self.wait()
-        if self.world > 1:
-            dist.broadcast_object_list(values, group=self.control)
-        return values[0]
-
-    def sum(self, tensor):
-        """The sum of all processes' tensors, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def autocast(self):
-        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
-
-
 def start(args):
-    """Joins torchrun's processes, if there are any. Returns this one."""
-    world = environment("WORLD_SIZE", 1)
-    if args.batch_size % world or args.batch_size < 2 * world:
-        fail(f"--batch-size {args.batch_size} does not divide into {world} parts of at least 2")
-    device = choose_device(args.device, world)
-    precision = fastest_precision(device) if args.precision == "auto" else args.precision
-    if device.type == "cuda":
+    """Joins torchrun's processes, if there are any, and sets args.precision. Returns the device."""
+    kind = args.device
+    if kind == "auto":
+        mps = torch.backends.mps.is_available() and WORLD == 1  # no backend sends its tensors
+        kind = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if not getattr(torch, kind).is_available():
+        sys.exit(f"--device {kind}: there is none here")
+    if args.precision == "auto":
+        args.precision = fastest_precision(kind)
+    device = torch.device(kind, LOCAL_RANK if kind == "cuda" else 0)
+    if kind == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # shapes hardly ever change
-        if precision != "fp32":  # then TF32 is more precise than the features are
+        if args.precision != "fp32":  # then TF32 is more precise than the features are
             torch.set_float32_matmul_precision("high")
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        # make glibc keep freed memory: asking the system for it again costs a fifth of a step
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
-    if world == 1:
-        return Process(device, precision)
-    # one group for tensors on their device, and one that waits for as long as a download takes
-    try:
-        if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
-        else:
-            dist.init_process_group("gloo")
-    except ValueError as error:  # WORLD_SIZE is set, but other variables are not
-        fail(f"start several processes with torchrun ({error})")
-    control = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
-    return Process(device, precision, dist.get_rank(), world, control)
+    if WORLD > 1:
+        hour = datetime.timedelta(hours=1)  # the first process may have to download the data
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=hour)
+    return device
 
 
-def choose_device(wanted, world):
-    available = ["cpu"]
-    if torch.backends.mps.is_available() and world == 1:  # no backend sends its tensors
-        available.insert(0, "mps")
-    if torch.cuda.is_available() and (world == 1 or dist.is_nccl_available()):
-        available.insert(0, "cuda")
-    kind = available[0] if wanted == "auto" else wanted
-    if kind not in available:
-        fail(f"--device {kind}: for {world} process(es) there is only {', '.join(available)}")
-    if kind != "cuda":
-        return torch.device(kind)
-    if environment("LOCAL_WORLD_SIZE", 1) > torch.cuda.device_count():
-        fail(f"--nproc-per-node is more than this node's {torch.cuda.device_count()} GPU(s)")
-    return torch.device(kind, environment("LOCAL_RANK", 0))
-
-
-def fastest_precision(device):
-    if device.type == "cuda":  # older GPUs emulate bf16, slowly
+def fastest_precision(kind):
+    if kind == "cuda":  # older GPUs emulate bf16, slowly
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     fast_on_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bf16" if device.type == "cpu" and fast_on_cpu() else "fp32"
+    return "bf16" if kind == "cpu" and fast_on_cpu() else "fp32"
 
 
 def memory_format(device):
@@ -293,81 +214,47 @@ def memory_format(device):
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
+def average(tensor):
+    """The mean of all processes' tensors."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor / WORLD
+
+
+def say(message):
+    if RANK == 0:
+        tqdm.write(message, sys.stderr)  # above the progress bar
+
+
 def generator(device, *key):
-    """A random generator that depends on nothing but its key."""
-    return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
+    """A random generator that depends on nothing but its key, some integers."""
+    return torch.Generator(device).manual_seed(hash(key) % 2**63)
 
 
 # ---- Data ----------------------------------------------------------------------------------------
+# A set has labels (N,); set[indices, seed] is images (k, B, 3, H, W), uint8, and labels (B,).
 
 
-def larger(u, v):
-    return torch.maximum(u.abs(), v.abs())
+class Held:
+    """Images (N, 3, H, W) in memory: k = 1, whatever the seed is."""
+
+    def __init__(self, images, labels, device):
+        self.images = images.to(device)
+        self.labels = labels.to(device)
+
+    def __getitem__(self, key):
+        indices, _ = key
+        return self.images[indices][None], self.labels[indices]
 
 
-SHAPES = dict(  # which points (u, v) each of them covers
-    disc=lambda u, v: u.hypot(v) < 0.9,
-    ring=lambda u, v: (u.hypot(v) - 0.8).abs() < 0.2,
-    square=lambda u, v: larger(u, v) < 0.8,
-    frame=lambda u, v: (larger(u, v) - 0.7).abs() < 0.2,
-    triangle=lambda u, v: (v < 0.7) & (v > 2 * u.abs() - 0.9),
-    cross=lambda u, v: (torch.minimum(u.abs(), v.abs()) < 0.25) & (larger(u, v) < 1),
-    bars=lambda u, v: (v.abs() > 0.3) & (larger(u, v) < 0.9),
-    posts=lambda u, v: (u.abs() > 0.3) & (larger(u, v) < 0.9),
-)
+class Folder(torchvision.datasets.ImageFolder):
+    """Images on disk: two random crops by the seed or, if it is None, the central square."""
 
-
-def shapes(n, seed, size=32):
-    """uint8 images (n, 3, size, size), labels (n,): four copies of a shape, the rest random."""
-    draw = generator("cpu", seed, 0, 9)
-    labels = torch.arange(n) % 8
-    axis = (torch.arange(2 * size) + 0.5) / size * 2 - 2  # at twice the resolution
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=draw)
-
-    def texture(low, high):
-        angle = uniform(0, math.pi)
-        frequency = uniform(2, 15)
-        amplitude = uniform(-0.2, 0.2, 3)
-        waves = (frequency * (angle.cos() * x + angle.sin() * y)).sin()
-        return uniform(low, high, 3) + amplitude * waves[:, None]
-
-    images = texture(0, 0.5)
-    for row, column in ((-1, -1), (-1, 1), (1, -1), (1, 1)):  # the quarters of the image
-        scale = uniform(0.4, 0.95)
-        tilt = uniform(-0.5, 0.5)
-        right = (x - column - uniform(-0.4, 0.4)) / scale
-        down = (y - row - uniform(-0.4, 0.4)) / scale
-        u = tilt.cos() * right + tilt.sin() * down
-        v = tilt.cos() * down - tilt.sin() * right
-        inside = torch.empty(u.shape, dtype=torch.bool)
-        for label, covers in enumerate(SHAPES.values()):
-            inside[label::8] = covers(u[label::8], v[label::8])
-        images = torch.where(inside[:, None], texture(0.5, 1), images)
-    images = torch.where(uniform(0, 1, 1) < 0.5, images, 1 - images)
-    return (F.avg_pool2d(images.clamp(0, 1), 2) * 255).round().byte(), labels
-
-
-class Files(Dataset):
-    """Images on disk. By (indices, seed): uint8 crops (k, B, 3, S, S), two random ones or, where
-    seed is None, the centre; labels (B,)."""
-
-    def __init__(self, folder, size, least_area):
-        try:
-            found = torchvision.datasets.ImageFolder(folder)
-        except FileNotFoundError as error:  # no folder, no class, or a class without images
-            fail(f"{str(error).splitlines()[0]}; --data-dir DIR has DIR/train/CLASS/IMAGE")
-        # an array, since each worker would end up with a copy of a list
-        self.paths = np.array([os.fsencode(path) for path, _ in found.samples])
-        self.labels = torch.tensor(found.targets)
-        self.classes = found.classes
+    def __init__(self, root, size, least_area):
+        super().__init__(root)
+        self.labels = torch.tensor(self.targets)
         self.size = size
         self.random_crop = RandomResizedCrop(size, (least_area, 1))
-
-    def __len__(self):
-        return len(self.paths)
 
     def __getitem__(self, key):
         indices, seed = key
@@ -375,325 +262,245 @@ class Files(Dataset):
         return torch.stack(crops, 1), self.labels[indices]
 
     def crops(self, i, seed):
-        image = read_image(os.fsdecode(self.paths[i]), self.size)
+        file, _ = self.samples[i]
+        image = read_image(file, self.size)
         if seed is None:
             crops = [ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR)]
         else:
-            torch.default_generator.manual_seed((seed * 1_000_003 + i) % 2**63)
+            torch.default_generator.manual_seed(hash((seed, i)) % 2**63)
             crops = [self.random_crop(image), self.random_crop(image)]
         return torch.stack([pil_to_tensor(crop) for crop in crops])
 
-    def stream(self, keys, workers, pin_memory=False):
-        """A DataLoader that keeps its workers from one pass to the next."""
-        options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory)
-        if workers and sys.platform == "linux":
-            options["multiprocessing_context"] = "fork"  # a fresh process would import torch again
-        ignore = partial(on_signals, signal.SIG_IGN)  # the run ends them
-        return DataLoader(self, batch_size=None, sampler=keys, worker_init_fn=ignore, **options)
 
-    def read_all(self, workers):
-        """Images (N, 3, S, S) and labels (N,) of all files."""
-        images = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
-        keys = [(indices, None) for indices in torch.arange(len(self)).split(500)]
-        loader = tqdm(self.stream(keys, workers), "reading images", leave=False, disable=None)
-        for part, (crops, _) in zip(images.split(500), loader):
-            part.copy_(crops[0])
-        return images, self.labels
-
-
-def read_image(path, size):
-    """The image in a file, or a grey one and a warning if its content is damaged."""
+def read_image(file, size):
+    """The image in RGB. OSError names a file that is damaged or has more than 8 bits a channel."""
     try:
-        with Image.open(path) as file:
-            file.draft("RGB", (2 * size, 2 * size))  # reads a large JPEG smaller
-            if file.mode.startswith("I;16"):  # PIL would clip its 16 bits to the lowest 8
-                file = file.convert("I").point(lambda value: value * (1 / 256))
-            return file.convert("RGB")
+        with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
+            image.draft("RGB", (2 * size, 2 * size))  # reads a large JPEG smaller
+            return image.convert("RGB")
     except Exception as error:  # PIL raises all kinds of errors
-        if getattr(error, "errno", None):  # the disk's error, not the image's
-            raise
-        warnings.warn(f"{path} cannot be read: a grey image replaces it", stacklevel=1)
-        return Image.new("RGB", (1, 1), "grey")
+        raise OSError(f"{file}: {error}") from error
 
 
-def on_signals(handler, worker=None):  # a DataLoader passes its worker's number
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
+def shapes(n, seed, size=32):
+    """Drawn images, uint8 (n, 3, size, size), of flowers with 1 to 8 petals, and labels (n,)."""
+    draw = generator("cpu", seed)
+    labels = torch.arange(n) % 8
+    axis = (torch.arange(2 * size) + 0.5) / size - 1  # at twice the resolution
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+
+    def uniform(low, high, channels=1):
+        return low + (high - low) * torch.rand(n, channels, 1, 1, generator=draw)
+
+    def texture(low, high):
+        angle = uniform(0, math.pi)
+        waves = (uniform(2, 15) * (angle.cos() * x + angle.sin() * y)).sin()
+        return uniform(low, high, 3) + uniform(-0.2, 0.2, 3) * waves
+
+    # the flower is repeated twice in each direction, so that most crops show it
+    u = (x + uniform(0, 1)) % 1 - 0.5
+    v = (y + uniform(0, 1)) % 1 - 0.5
+    petals = 1 + labels.view(n, 1, 1, 1)
+    edge = uniform(0.25, 0.35) * (1 + 0.5 * (petals * torch.atan2(v, u) + uniform(0, 7)).sin())
+    images = torch.where(u.hypot(v) < edge, texture(0.5, 1), texture(0, 0.5))
+    images = torch.where(uniform(0, 1) < 0.5, images, 1 - images)
+    return (F.avg_pool2d(images.clamp(0, 1), 2) * 255).round().byte(), labels
 
 
-def load(args):
-    """Training and test set: uint8 images (N, 3, H, W), or Files if too many, and labels.
-
-    A folder that fits in memory is cut and resized to image_size first, and views are crops of
-    that; Files crop the originals.
-    """
+def load(args, device):
+    """Training set, test set, and the names of the classes."""
     root = Path(args.data_dir)
     if args.dataset == "shapes":
-        images, labels = zip(*(shapes(500, seed) for seed in range(14)))
-        return [(torch.cat(images[i:j]), torch.cat(labels[i:j])) for i, j in ((0, 10), (10, 14))]
-    if args.dataset in ("cifar10", "cifar100"):
+        return Held(*shapes(5000, 0), device), Held(*shapes(2000, 1), device), range(1, 9)
+    if args.dataset.startswith("cifar"):
         kind = getattr(torchvision.datasets, args.dataset.upper())
         try:
-            sets = [kind(root, train=flag, download=True) for flag in (True, False)]
+            found = [kind(root, train, download=True) for train in (True, False)]
         except Exception as error:
             missing = f"{args.dataset} is not in {root}, and its download failed ({error})"
-            fail(f"{missing}: put its archive there, name another --data-dir, or try shapes")
-        return [(torch.tensor(s.data.transpose(0, 3, 1, 2)), torch.tensor(s.targets)) for s in sets]
+            sys.exit(f"{missing}: put its archive there, name another --data-dir, or try shapes")
+        images = [torch.tensor(each.data).permute(0, 3, 1, 2) for each in found]
+        sets = [Held(x, torch.tensor(each.targets), device) for x, each in zip(images, found)]
+        return *sets, found[0].classes
     test = "val" if (root / "val").is_dir() else "test"
-    least_area = args.views.get("crop", Views.crop)
-    sets = [Files(root / split, args.image_size, least_area) for split in ("train", test)]
-    if sets[0].classes != sets[1].classes:
-        fail(f"{root}: train and {test} have different classes")
-    if sum(map(len, sets)) * 3 * args.image_size**2 <= RESIDENT_BYTES:
-        return [files.read_all(args.workers) for files in sets]
-    return [(files, files.labels) for files in sets]
+    try:
+        sets = [
+            Folder(root / part, args.image_size, args.views["crop"]) for part in ("train", test)
+        ]
+    except FileNotFoundError as error:  # no folder, no class, or a class without images
+        sys.exit(f"{str(error).splitlines()[0]}; --data-dir DIR has DIR/train/CLASS/IMAGE")
+    classes = sets[0].classes
+    for name in set(classes) ^ set(sets[1].classes):
+        sys.exit(f"{root}: class {name} is not in both train and {test}")
+    if sum(map(len, sets)) * 3 * args.image_size**2 > RESIDENT_BYTES:
+        return *sets, classes
+    for i, folder in enumerate(sets):
+        batches = fetch(folder, shares(len(folder), 0, 1), args, device)
+        batches = tqdm(batches, "reading images", leave=False, disable=None)
+        images = torch.cat([crops[0] for crops, _ in batches])
+        sets[i] = Held(images, folder.labels, device)
+    return *sets, classes
 
 
-def load_in_turn(args, process):
-    """load(args): in the first process, then in one of each other node, then in the others.
+def shares(n, rank, world):
+    """Keys of a process's share of n images, as they are."""
+    return [(part, None) for part in torch.arange(n)[rank::world].split(500) if len(part)]
 
-    So each node downloads once, and nodes that share a disk do not both write to it.
+
+def fetch(data, keys, args, device):
+    """Yields a set's images and labels, on the device, for each key."""
+    workers = args.workers if isinstance(data, Folder) else 0
+    for batch in DataLoader(data, batch_size=None, sampler=keys, num_workers=workers):
+        yield [tensor.to(device, non_blocking=True) for tensor in batch]
+
+
+def training_batches(data, args, device, first, steps):
+    """Yields views (2B, 3, S, S), a's before b's, and labels (B,) of this process, from step first.
+
+    They depend on the seed and the step, not on the number of processes or on what came before.
     """
-    mine = 0 if process.rank == 0 else 1 if environment("LOCAL_RANK", 0) == 0 else 2
-    for turn in range(3):
-        if turn == mine:
-            sets = load(args)
-        process.wait()
-    return sets
+    size = args.batch_size
+    n = len(data.labels)
+    operations = torch.compile(transform, dynamic=False) if args.compile else transform
+    recipe = dict(args.views, crop=1) if isinstance(data, Folder) else args.views  # cropped before
 
-
-class Data:
-    """Training images in batches of two views, and the images of either set as they are.
-
-    Views depend on seed and step, not on the number of processes or on whether a run was resumed.
-    """
-
-    def __init__(self, args, process):
-        self.args = args
-        self.process = process
-        self.sets = dict(zip(("train", "test"), load_in_turn(args, process)))
-        images, labels = self.sets["train"]
-        self.classes = 1 + int(labels.max())
-        self.steps_per_epoch = len(labels) // args.batch_size
-        self.views = Views(args.image_size, **args.views)
-        self.whole = Views(args.image_size, crop=1, flip=0, jitter=0, grey=0)
-        self.loaders = {}
-        atexit.register(self.loaders.clear)  # ends their processes, which heed no signal
-        if isinstance(images, Files):
-            self.views.crop = 1  # files are cropped where they are read
-        else:
-            for split, pair in self.sets.items():
-                self.sets[split] = [tensor.to(process.device) for tensor in pair]
-        if args.compile:
-            self.views.apply = torch.compile(self.views.apply, dynamic=False)
-
-    def batches(self, first, steps):
-        """Yields views (2B, 3, S, S), a's before b's, and labels (B,) of steps from first on."""
-        args = self.args
-        self.loaders.pop("train", None)  # it was made for other steps
-        batches = self.fetch("train", self.keys(first, steps))
-        for step, (images, labels) in enumerate(batches, first):
-            small = step < args.grow * steps
-            self.views.image_size = max(8, args.image_size * 5 // 8) if small else args.image_size
-            draw = generator(self.process.device, args.seed, step)
-            images = images.expand(2, -1, -1, -1, -1)  # Files bring two crops already
-            yield self.views(images, draw, self.process.rank, self.process.world), labels
-
-    def keys(self, first, steps):
-        """Yields the indices of this process's share of each step's images, and a seed."""
-        _, labels = self.sets["train"]
-        size = self.args.batch_size
+    def keys():
         for step in range(first, steps):
-            epoch, i = divmod(step, self.steps_per_epoch)
+            epoch, i = divmod(step, n // size)
             if i == 0 or step == first:
-                draw = generator("cpu", self.args.seed, epoch, 2)
-                order = torch.randperm(len(labels), generator=draw).to(labels.device)
-            batch = order.narrow(0, i * size, size)
-            share = batch.chunk(self.process.world)[self.process.rank]
-            yield share, self.args.seed * 1_000_003 + step
+                order = torch.randperm(n, generator=generator("cpu", args.seed, epoch))
+            yield order[i * size : (i + 1) * size].chunk(WORLD)[RANK], hash((args.seed, step))
 
-    def plain(self, split, batch=500):
-        """Yields (images, labels) of this process's share of a set, resized and normalised."""
-        _, labels = self.sets[split]
-        shares = torch.arange(len(labels))[self.process.rank :: self.process.world].split(batch)
-        for images, labels in self.fetch(split, [(share, None) for share in shares if len(share)]):
-            yield self.whole(images), labels
+    for step, (images, labels) in enumerate(fetch(data, keys(), args, device), first):
+        small = step < args.grow * steps
+        pixels = max(8, args.image_size * 5 // 8) if small else args.image_size
+        draw = generator(device, args.seed, step, 0)
+        draws = torch.rand(2, WORLD, len(labels), 14, generator=draw, device=device)[:, RANK]
+        images = images.expand(2, -1, -1, -1, -1).flatten(0, 1)
+        yield augment(images, draws.flatten(0, 1), recipe, pixels, operations), labels
 
-    def fetch(self, split, keys):
-        """Yields images (k, B, 3, H, W), k = 1 or 2 crops as Files has them, and labels (B,)."""
-        images, labels = self.sets[split]
-        if torch.is_tensor(images):
-            for indices, _ in keys:
-                yield images[indices][None], labels[indices]
-            return
-        device = self.process.device
-        if split not in self.loaders:
-            self.loaders[split] = images.stream(keys, self.args.workers, device.type == "cuda")
-        for crops, labels in self.loaders[split]:
-            yield crops.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+def plain_batches(data, args, device):
+    """Yields images (B, 3, S, S) as they are, normalized, and labels (B,): this process's share."""
+    for images, labels in fetch(data, shares(len(data.labels), RANK, WORLD), args, device):
+        images = images[0].float() / 255
+        if images.shape[-2:] != (args.image_size, args.image_size):
+            images = F.interpolate(images, [args.image_size] * 2, mode="bilinear", antialias=True)
+        yield normalize(images, MEAN, STD).to(memory_format=memory_format(device)), labels
 
 
 # ---- Views ---------------------------------------------------------------------------------------
 
 
-def luma(rgb):
-    """The grey (B, P) of colour planes (3, B, P)."""
-    red, green, blue = rgb
-    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+def augment(images, draws, recipe, size, operations):
+    """Random views (B, 3, size, size), normalized, of uint8 images (B, 3, H, W).
+
+    draws (B, 14) are random numbers in [0, 1), recipe is a dict such as VIEWS.
+    """
+    n, _, height, width = images.shape
+    values = parameters(draws, recipe, height, width)
+    layout = dict(device=images.device, memory_format=memory_format(images.device))
+    views = torch.empty(n, 3, size, size, **layout)
+    chunk = 64 if images.is_cpu else n  # so much is held by a CPU core's cache
+    for part in (slice(i, i + chunk) for i in range(0, n, chunk)):
+        views[part] = operations(images[part], values[:, part], size, recipe["blur"] > 0)
+    return views
 
 
-def adjust_hue(rgb, turn):
-    """Turns the hue of planes (3, B, P), in place, by turn (B, 1) of a circle, as HSV has it."""
-    red, green, blue = rgb
-    high = rgb.amax(0)
-    chroma = high - rgb.amin(0)
-    # hue in sixths of a circle, times chroma: g - b, 2 chroma + b - r or 4 chroma + r - g, where
-    # red, green or blue is highest
-    green_or_blue = torch.where(high == green, blue - red + 2 * chroma, red - green + 4 * chroma)
-    sixths = torch.where(high == red, green - blue, green_or_blue)
-    hue = (sixths / chroma.clamp_min(1e-12)).mul_(1 / 6).add_(turn + 2)  # positive
-    # a plane is high - chroma clamp(2 - d, 0, 1), d sixths away from where it is low
-    for plane, turned in zip(rgb, (5 / 6, 3 / 6, 1 / 6)):
-        away = (hue + turned).frac_().mul_(6).sub_(2).abs_()
-        torch.addcmul(high, chroma, away.sub_(2).clamp_(-1, 0), out=plane)
+def parameters(draws, recipe, height, width):
+    """What each view's operations need, (11, B, 1, 1)."""
+    draws = draws.T[..., None, None]
+    area, aspect, top, left, flip, jitter, *strengths, hue, grey, blur, sigma, solarize = draws
+    # Area and aspect ratio are drawn as in torchvision's RandomResizedCrop. That one draws again if
+    # a side is longer than the image's; here the side is cut.
+    area = (recipe["crop"] + (1 - recipe["crop"]) * area) * height * width
+    aspect = ((2 * aspect - 1) * math.log(4 / 3) * (recipe["crop"] < 1)).exp()
+    h = (area / aspect).sqrt().round().clamp(1, height)
+    w = (area * aspect).sqrt().round().clamp(1, width)
+    top = (top * (height - h + 1)).floor()
+    left = (left * (width - w + 1)).floor()
+    flip = (flip < recipe["flip"]).float()
+    left, w = left + flip * w, w - 2 * flip * w  # a flipped view goes backwards from its right edge
+    jitter = (jitter < recipe["jitter"]).float()
+    names = "brightness", "contrast", "saturation"
+    strengths = [1 + jitter * recipe[name] * (2 * s - 1) for name, s in zip(names, strengths)]
+    hue = jitter * recipe["hue"] * (2 * hue - 1)
+    grey = (grey < recipe["grey"]).float()
+    sigma = (blur < recipe["blur"]) * (0.1 + 1.9 * sigma)
+    solarize = (solarize < recipe["solarize"]).float()
+    return torch.stack([top, h, left, w, *strengths, hue, grey, sigma, solarize])
 
 
-def resampling(start, length, size, out):
-    """Antialiased resize of [start, start + length), (B, 1), as weights (B, out, size) of pixels.
+def transform(images, values, size, blur):
+    """Views (B, 3, size, size) of uint8 images (B, 3, H, W), by torchvision's operations."""
+    top, h, left, w, brightness, contrast, saturation, hue, grey, sigma, solarize = values
+    _, _, height, width = images.shape
+    rows = resampling(top, h, height, size) * (brightness / 255)  # cheaper than on the pixels
+    columns = resampling(left, w, width, size)
+    x = torch.stack([rows @ plane @ columns.mT for plane in images.float().unbind(1)])
+    x = x.clamp(0, 1)  # (3, B, size, size)
+    x = torch.lerp(luma(x.mean((2, 3), keepdim=True)), x, contrast).clamp(0, 1)
+    x = torch.lerp(luma(x), x, saturation).clamp(0, 1)
+    x = turn_hue(x, hue)
+    x = torch.lerp(x, luma(x), grey)
+    if blur:
+        kernel = blurring(sigma, size)
+        x = kernel @ x @ kernel.mT
+    x = torch.minimum(x, 2 - solarize - x)  # if solarized, 1 - x where x > 1/2
+    mean, std = x.new_tensor((MEAN, STD))[..., None, None, None]
+    return ((x - mean) / std).transpose(0, 1)
+
+
+def resampling(start, length, pixels, size):
+    """Antialiased resize of pixels [start, start + length) to size, as weights (B, size, pixels).
 
     A negative length goes backwards, which mirrors the image.
     """
-    # weight of pixel j in output o ~ max(0, s - |j + 1/2 - c_o|), s = max(1, |r|),
-    # c_o = start + (o + 1/2) r, r = length / out
-    start = start[..., None]
-    length = length[..., None]
-    ratio = length / out
-    pixels = torch.arange(size, device=start.device) + 0.5
-    centres = start + (torch.arange(out, device=start.device)[:, None] + 0.5) * ratio
-    outside = (pixels - (start + length / 2)).abs_() > length.abs() / 2
-    distances = (pixels.masked_fill(outside, math.inf) - centres).abs_()
-    weights = (ratio.abs().clamp_min_(1) - distances).clamp_min_(0)
-    return weights.mul_(1 / weights.sum(-1, keepdim=True))
+    # weight of pixel j in output o ~ max(0, s - |j + 1/2 - c_o|) if j is inside,
+    # c_o = start + (o + 1/2) r,  r = length / size,  s = max(1, |r|)
+    r = length / size
+    c = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * r
+    j = torch.arange(pixels, device=start.device) + 0.5
+    inside = (length.abs() / 2 + 0.5 - (j - start - length / 2).abs()).clamp(0, 1)
+    weights = (r.abs().clamp(min=1) - (j - c).abs()).clamp(min=0) * inside
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def luma(x):
+    """The grey (B, S, S) of colors (3, B, S, S)."""
+    red, green, blue = x
+    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+
+
+def turn_hue(x, turn):
+    """Colors (3, B, S, S) with their hues turned by turn (B, 1, 1) of a circle, as in HSV."""
+    red, green, blue = x
+    high = torch.maximum(torch.maximum(red, green), blue)
+    chroma = high - torch.minimum(torch.minimum(red, green), blue)
+    # hue in sixths of a circle, times chroma: green - blue where red is highest, and so on;
+    # sign() is 0 where the color is the highest, else 1
+    sixths = torch.lerp(2 * chroma + blue - red, 4 * chroma + red - green, (high - green).sign())
+    sixths = torch.lerp(green - blue, sixths, (high - red).sign())
+    hue = 6 * (sixths / (6 * chroma).clamp(min=1e-12) + (turn + 2)).frac()
+    # a color is high - chroma up to a sixth from the hue opposite to it, high from two sixths on
+    top = high + chroma
+    return torch.stack([top - chroma * ((hue - k).abs() - 3).abs().clamp(1, 2) for k in (3, 5, 1)])
 
 
 def blurring(sigma, size):
-    """Gaussian blur of each sample's own sigma (B, 1), as weights (B, size, size) of pixels."""
+    """Gaussian blur of each sample's sigma (B, 1, 1), as weights (B, size, size) of pixels."""
     # weight of pixel j in output i: sum of exp(-t^2 / 2 sigma^2) over t with i + t reflected to j
     radius = max(1, size // 20)
     t = torch.arange(-radius, radius + 1, device=sigma.device)
     i = torch.arange(size, device=sigma.device)[:, None]
     j = size - 1 - (size - 1 - (i + t).abs()).abs()
-    weights = (-0.5 * (t / sigma) ** 2).softmax(1)[:, None].expand(-1, size, -1)
+    weights = (-0.5 * (t / sigma.clamp(min=1e-3)) ** 2).softmax(-1).expand(-1, size, -1)
     return weights.new_zeros(len(sigma), size, size).scatter_add_(2, j.expand_as(weights), weights)
 
 
-@dataclass
-class Views:
-    """Random views of uint8 images, normalised; each sample's parameters are drawn on their own.
-
-    All in [0, 1]: crop is the least share of the area, 1 for the whole image; flip, jitter, grey,
-    blur and solarise are probabilities; brightness to hue are strengths, applied in that order.
-    """
-
-    image_size: int
-    crop: float = 0.2
-    flip: float = 0.5
-    jitter: float = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
-    grey: float = 0.2
-    blur: float = 0.0
-    solarise: float = 0.0
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if name != "image_size" and not 0 <= value <= 1:
-                raise ValueError(f"{name} of views must be in [0, 1], not {value}")
-
-    def draw(self, n, height, width, device=None, generator=None):
-        """The parameters of n views, a dict of (n, 1) tensors."""
-
-        def uniform(low, high, draws=1):
-            return low + (high - low) * torch.rand(n, draws, device=device, generator=generator)
-
-        def chance(probability):
-            return (uniform(0, 1) < probability).float()
-
-        # torchvision's RandomResizedCrop: the first of ten sizes that fits, or the whole image
-        area = uniform(self.crop, 1, 10) * height * width
-        aspect = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
-        h = F.pad((area / aspect).sqrt().round(), (0, 1), value=height)
-        w = F.pad((area * aspect).sqrt().round(), (0, 1), value=width)
-        fits = (h <= height) & (w <= width) & (h * w > 0)
-        first = fits.byte().argmax(1, keepdim=True)
-        h = h.gather(1, first)
-        w = w.gather(1, first)
-        top = (uniform(0, 1) * (height - h + 1)).floor()
-        left = (uniform(0, 1) * (width - w + 1)).floor()
-        flip = chance(self.flip)
-        jitter = chance(self.jitter)
-        # a flipped view goes backwards from its right edge
-        p = dict(top=top, height=h, left=left + flip * w, width=(1 - 2 * flip) * w)
-        for name in ("brightness", "contrast", "saturation"):
-            p[name] = 1 + jitter * getattr(self, name) * uniform(-1, 1)
-        p.update(hue=jitter * self.hue * uniform(-1, 1), grey=chance(self.grey))
-        p.update(sigma=1e-3 + chance(self.blur) * uniform(0.1, 2))  # 1e-3 leaves the image as it is
-        p.update(solarise=chance(self.solarise))
-        return p
-
-    def apply(self, images, p):
-        """Views (B, 3, S, S) of uint8 images (B, 3, H, W) by parameters p, as in torchvision."""
-        n, _, height, width = images.shape
-        size = self.image_size
-        rows = resampling(p["top"], p["height"], height, size)
-        rows *= p["brightness"][..., None] / 255  # cheaper here than on the pixels
-        columns = resampling(p["left"], p["width"], width, size)
-        images = images.float().reshape(n, 3 * height, width) @ columns.mT
-        x = images.new_empty(3, n, size * size)  # colour planes
-        planes = images.view(n, 3, height, size).unbind(1)
-        for plane, image in zip(x.view(3, n, size, size), planes):
-            torch.bmm(rows, image, out=plane)
-        if self.jitter:
-            mean = luma(x.clamp_(0, 1).mean(2, keepdim=True))
-            x = x.mul_(p["contrast"]).add_((1 - p["contrast"]) * mean).clamp_(0, 1)
-            x = x.lerp_(luma(x).expand_as(x), 1 - p["saturation"]).clamp_(0, 1)
-            adjust_hue(x, p["hue"])
-        if self.grey:
-            x = x.lerp_(luma(x).expand_as(x), p["grey"])
-        if self.blur:
-            kernel = blurring(p["sigma"], size)
-            x = (kernel @ x.view(3, n, size, size) @ kernel.mT).flatten(2)
-        if self.solarise:
-            x = torch.minimum(x, 2 - p["solarise"] - x)  # 1 - x where x > 1/2; 2 - x is never less
-        for plane, mean, std in zip(x, MEAN, STD):
-            plane.sub_(mean).mul_(1 / std)
-        return x.view(3, n, size, size).transpose(0, 1)
-
-    @record_function("views")
-    def __call__(self, images, generator=None, rank=0, world=1):
-        """(k, B, 3, H, W) -> (k B, 3, S, S): k views of B images, part rank of world of a batch.
-
-        The generator draws for the whole batch, so its views do not depend on the number of parts.
-        """
-        k, b, _, height, width = images.shape
-        n = k * b
-        size = self.image_size
-        p = self.draw(n * world, height, width, images.device, generator)
-        # the draws of a batch are ordered by view, process, image
-        p = {name: p[name].view(k, world, b)[:, rank].reshape(n, 1) for name in p}
-        images = images.flatten(0, 1)
-        layout = dict(device=images.device, memory_format=memory_format(images.device))
-        views = torch.empty(n, 3, size, size, **layout)
-        chunk = 64 if images.is_cpu else n  # a CPU core's cache holds 64
-        with torch.autocast(images.device.type, enabled=False):
-            for part in (slice(i, i + chunk) for i in range(0, n, chunk)):
-                views[part] = self.apply(images[part], {name: p[name][part] for name in p})
-        return views
-
-
-# ---- Model and optimiser -------------------------------------------------------------------------
+# ---- Model and optimizer -------------------------------------------------------------------------
 
 
 class Model(nn.Module):
@@ -702,14 +509,11 @@ class Model(nn.Module):
 
     def __init__(self, arch, image_size, projector, classes):
         super().__init__()
-        self.encoder, width = small() if arch == "small" else resnet(arch, image_size)
-        self.probe = nn.Linear(width, classes)
-        *hidden, last = map(int, projector.split("-"))
-        layers = []
-        for n in hidden:
-            layers += [nn.Linear(width, n, bias=False), nn.BatchNorm1d(n), nn.ReLU(True)]
-            width = n
-        self.projector = nn.Sequential(*layers, nn.Linear(width, last, bias=False))
+        self.encoder, features = small() if arch == "small" else resnet(arch, image_size)
+        layers = [int(width) for width in projector.split("-")]
+        mlp = torchvision.ops.MLP
+        self.projector = mlp(features, layers, norm_layer=nn.BatchNorm1d, bias=False)
+        self.probe = nn.Linear(features, classes)
 
     def forward(self, images):
         features = self.encoder(images)
@@ -740,40 +544,30 @@ def resnet(arch, image_size):
 
 
 class LARS(torch.optim.SGD):
-    """SGD that rescales gradients to norm eta |w| in groups with an eta (arXiv 1708.03888)."""
+    """SGD with gradients of norm eta |w| in groups with a decay (arXiv 1708.03888)."""
 
     @torch.no_grad()
-    def step(self):
+    def step(self, eta=0.02):
         for group in self.param_groups:
-            if "eta" in group:
-                # g <- g + decay w
-                w = [p for p in group["params"] if p.grad is not None]
-                g = [p.grad for p in w]
-                torch._foreach_add_(g, w, alpha=group["decay"])
-                # g <- g eta |w| / |g|, unless one of them is 0
-                w_norms = torch.stack(torch._foreach_norm(w))
-                g_norms = torch.stack(torch._foreach_norm(g))
-                ratios = group["eta"] * w_norms / g_norms
-                ratios = torch.where((w_norms > 0) & (g_norms > 0), ratios, 1)
-                torch._foreach_mul_(g, ratios.unbind())
+            for w in group["params"] if "decay" in group else []:
+                # g <- (g + decay w) eta |w| / |g + decay w|, unless one of the norms is 0
+                g = w.grad.add_(w, alpha=group["decay"])
+                ratio = eta * w.norm() / g.norm()
+                g.mul_(torch.where((ratio > 0) & ratio.isfinite(), ratio, 1))
         super().step()
 
 
 def build_optimizers(args, model):
-    """The optimisers of the network, without weight decay of biases and norms, and of the probe."""
+    """The optimizers of the network, without weight decay of biases and norms, and of the probe."""
     params = [*model.encoder.parameters(), *model.projector.parameters()]
-    weights = [p for p in params if p.ndim > 1]
-    others = dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0)
-    adamw = partial(torch.optim.AdamW, fused=True)
-    probe = adamw(model.probe.parameters(), 1e-2, weight_decay=0.0)
-    lr = args.lr * args.batch_size / 256
-    if args.optimizer == "lars":
-        weights = dict(params=weights, decay=args.weight_decay, eta=0.02)
-        return LARS([weights, others], lr, momentum=0.9), probe
-    weights = dict(params=weights, weight_decay=args.weight_decay)
-    if args.optimizer == "sgd":
-        return torch.optim.SGD([weights, others], lr, momentum=0.9), probe
-    return adamw([weights, others], args.lr), probe
+    kinds = dict(lars=LARS, sgd=torch.optim.SGD, adamw=partial(torch.optim.AdamW, fused=True))
+    options = dict(weight_decay=0.0) if args.optimizer == "adamw" else dict(momentum=0.9)
+    decay = {"decay" if args.optimizer == "lars" else "weight_decay": args.weight_decay}
+    weights = dict(params=[p for p in params if p.ndim > 1], **decay)
+    others = dict(params=[p for p in params if p.ndim <= 1])
+    lr = args.lr if args.optimizer == "adamw" else args.lr * args.batch_size / 256
+    main = kinds[args.optimizer]([weights, others], lr, **options)
+    return main, kinds["adamw"](model.probe.parameters(), 1e-2, weight_decay=0.0)
 
 
 def schedule(step, steps, warmup):
@@ -786,271 +580,220 @@ def schedule(step, steps, warmup):
 
 def distribute(model, device):
     """The model, with gradients and batch norms of all processes' batch."""
-    if not dist.is_initialized():
+    if WORLD == 1:
         return model
     if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    else:  # torch's SyncBatchNorm refuses CPUs
+    else:  # torch's SyncBatchNorm refuses CPUs: gather the batch before, take the own part after
         for module in model.modules():
             if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                module.forward = partial(batch_norm_of_all, module, module.forward)
-    net = nn.parallel.DistributedDataParallel(model)
-    net.broadcast_buffers = False  # the processes' buffers agree
-    return net
+                module.register_forward_pre_hook(gather_batch)
+                module.register_forward_hook(take_part)
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 
-def batch_norm_of_all(module, batch_norm, x):
-    if not module.training:
-        return batch_norm(x)
-    first = dist.get_rank() * len(x)
-    return batch_norm(gather(x))[first : first + len(x)]
+def gather_batch(module, inputs):
+    return gather(*inputs) if module.training else None
+
+
+def take_part(module, inputs, output):
+    return output.chunk(WORLD)[RANK] if module.training else None
 
 
 # ---- The run -------------------------------------------------------------------------------------
 
 
-def update(net, criterion, optimizers, scaler, autocast, views, labels):
-    """A step on views (2B, 3, S, S), a's before b's, and labels (B,) of this process's images.
-
-    Returns terms, loss and the probe's top-1 in % by name, and all processes' embeddings of view a.
-    """
-    with autocast, record_function("network"):
-        embeddings, logits = net(views)
-    za, zb = (gather(z) for z in embeddings.chunk(2))
-    with record_function("criterion"):
-        terms = criterion(za, zb)
-    loss = sum(terms.values())
-    labels = labels.repeat(2)
-    probe_loss = F.cross_entropy(logits.float(), labels)
-    scaler.scale(loss + probe_loss).backward()
-    for optimizer in optimizers:
-        scaler.step(optimizer)
-        optimizer.zero_grad()
-    scaler.update()
-    top1 = 100 * (logits.argmax(1) == labels).float().mean()
-    return dict(terms, loss=loss, probe_train=top1), za.detach()
-
-
 class Run:
-    """A run's folder, where the first process writes log.jsonl, checkpoint.pt and encoder.pt."""
+    """A run's folder, where the first process writes checkpoint.pt, encoder.pt and log.jsonl."""
 
-    def __init__(self, args, data, parts):
-        self.args = args
-        self.data = data
-        self.parts = parts  # by name, all that has a state
-        _, labels = data.sets["train"]
-        self.settings = dict(vars(args), images=len(labels), classes=data.classes)
+    def __init__(self, args, parts, **facts):
         self.out = Path(args.out)
-        self.first = data.process.rank == 0
-        self.steps = args.epochs * data.steps_per_epoch
-        self.stop_signal = 0  # the number of a signal that has come
-        self.test = None  # the last epoch's test accuracy
-        self.looked_at = self.saved_at = time.perf_counter()
+        self.settings = dict(vars(args), **facts)
+        self.parts = parts  # by name, all that has a state
 
-    def resume(self):
-        """Continues from the first process's checkpoint, or begins. Returns the steps done."""
-        saved = load_checkpoint(self.out / "checkpoint.pt") if self.first else None
-        saved = saved or dict(settings={}, step=0, log_bytes=0, states={})
+    def resume(self, device):
+        """Continues from the checkpoint, if there is one."""
+        saved = [load_checkpoint(self.out / "checkpoint.pt") if RANK == 0 else None]
+        if WORLD > 1:
+            dist.broadcast_object_list(saved, device=device)
+        saved = saved[0] or dict(settings=self.settings, step=0, log_bytes=0, states={})
         for name, value in self.settings.items():
-            old = saved["settings"].get(name, value)
+            old = saved["settings"].get(name)
             if old != value and name not in MAY_CHANGE:
-                fail(f"{self.out} has a run with {name} {old}, not {value}: name another --out")
-        if self.first:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.log = open(self.out / "log.jsonl", "ab", buffering=0)
-            # drops what came after the checkpoint: all, if its log was deleted and begun again
-            known = saved["log_bytes"]
-            self.log.truncate(known if known <= self.log.tell() else 0)
-        saved = self.data.process.share(saved)
+                sys.exit(f"{self.out} has a run with {name} {old}, not {value}: name another --out")
+        if 0 < saved["step"] and saved["settings"]["epochs"] < self.settings["epochs"]:
+            say("more --epochs: the learning rate rises again to that of the longer run")
         for name, state in saved["states"].items():
             if state:  # a scaler has none unless the precision was fp16
                 self.parts[name].load_state_dict(state)
-        if self.first and saved["step"] == 0:
-            self.save(0)  # so that another run in this folder finds the settings
-        return saved["step"]
+        self.saved_at, self.saved_step = time.perf_counter(), saved["step"]
+        if RANK == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.log_file = open(self.out / "log.jsonl", "ab", buffering=0)
+            self.log_file.truncate(
+                min(saved["log_bytes"], self.log_file.tell())
+            )  # what came after is redone
+            self.written = self.time_written()
+            if saved["step"] == 0:
+                self.save(0)  # so that another run in this folder finds the settings
 
-    def ask_to_stop(self, number, frame):
-        self.stop_signal = number
+    def log(self, record):
+        """Writes a line of the log. Ends the run if a value is not finite."""
+        for name, value in record.items():
+            if not math.isfinite(value):
+                sys.exit(f"{name} is {value} at step {record['step']}; {self.out} is as it was")
+        if RANK == 0:
+            self.log_file.write((json.dumps(record) + "\n").encode())
 
-    def look(self, done, names, rows, za):
-        """Logs the last steps, tests at an epoch's end, saves when due, stops if asked to.
+    def time_written(self):
+        file = self.out / "checkpoint.pt"
+        return file.stat().st_mtime_ns if file.exists() else None
 
-        Only here, in fp16's scaler and in SyncBatchNorm does the host wait for the device. Returns
-        what the progress bar shows.
-        """
-        process = self.data.process
-        stop = process.largest(self.stop_signal)
-        records = self.records(done, names, rows)
-        seconds = time.perf_counter() - self.looked_at
-        rate = len(records) * self.args.batch_size / seconds
-        lr = self.parts["main"].param_groups[0]["lr"]
-        status = dict(seconds=seconds, samples_per_s=rate, lr=lr)
-        epoch_ends = done % self.data.steps_per_epoch == 0
-        if epoch_ends:
-            self.test = status["probe_test"] = probe_accuracy(self.parts["model"], self.data)
-        if epoch_ends or done % 100 == 0:
-            status |= {name: value.item() for name, value in diagnose(za).items()}
-        last = records[-1]
-        last.update(status)
-        if self.first:
-            self.log.write("".join(json.dumps(record) + "\n" for record in records).encode())
-            waited = time.perf_counter() - self.saved_at
-            if stop or done == self.steps or waited >= self.args.save_every:
-                self.save(done)
-        process.wait()  # ends here if the first process could not save
-        if stop:
-            say(f"stopped and saved after step {done}; the same command resumes the run")
-            leave(128 + stop)
-        self.looked_at = time.perf_counter()
-        test = f" (test {self.test:.1f} %)" if self.test is not None else ""
-        probe = f"probe {last['probe_train']:.1f} %{test}"
-        return f"loss {last['loss']:.4g}, {probe}, {rate:.0f} samples/s"
-
-    def records(self, done, names, rows):
-        """The last steps' values, averaged over processes, a dict a step. Fails if not finite."""
-        process = self.data.process
-        rows = (process.sum(torch.stack(rows)) / process.world).tolist()
-        records = []
-        for step, row in enumerate(rows, done - len(rows)):
-            values = dict(zip(names, row))
-            for name, value in values.items():
-                if not math.isfinite(value):
-                    fail(f"{name} is {value} at step {step}; {self.out} keeps what it had", 1)
-            records.append(dict(step=step, epoch=step // self.data.steps_per_epoch, **values))
-        return records
-
-    def save(self, done):
+    def save(self, step):
+        if self.time_written() != self.written:
+            sys.exit(f"another run writes to {self.out}, so this one ends: name another --out")
         model = self.parts["model"]
         if not all(weight.isfinite().all() for weight in model.parameters()):
-            fail(f"weights are not finite after step {done - 1}; {self.out} keeps what it had", 1)
+            sys.exit(f"weights are not finite at step {step}; {self.out} is as it was")
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        where = dict(settings=self.settings, step=done, log_bytes=self.log.tell())
+        saved = dict(
+            settings=self.settings, step=step, log_bytes=self.log_file.tell(), states=states
+        )
         write_file(self.out / "encoder.pt", model.encoder.state_dict())
-        write_file(self.out / "checkpoint.pt", dict(where, states=states))
-        self.saved_at = time.perf_counter()
+        write_file(self.out / "checkpoint.pt", saved)
+        self.written = self.time_written()
+        self.saved_at, self.saved_step = time.perf_counter(), step
 
 
-def write_file(path, content):
+def write_file(file, content):
     """Saves an object to a file, as a whole or not at all."""
     buffer = io.BytesIO()  # torch.save to a path would report a full disk as a RuntimeError
     torch.save(content, buffer)
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(buffer.getbuffer())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    part = file.with_suffix(".part")
+    part.write_bytes(buffer.getbuffer())
+    os.replace(part, file)
 
 
-def load_checkpoint(path):
+def load_checkpoint(file):
     """A checkpoint, a dict, or None if there is none."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(file, map_location="cpu", weights_only=True)
         return {name: saved[name] for name in ("settings", "step", "log_bytes", "states")}
     except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:
         reason = f"damaged or of another version of train.py ({type(error).__name__})"
-        fail(f"{path} is {reason}: move it away or name another folder")
+        sys.exit(f"{file} is {reason}: move it away or name another folder")
 
 
 @torch.no_grad()
-def probe_accuracy(model, data):
-    """Top-1 of the online probe on the test images, in %."""
+def probe_accuracy(model, data, args, device):
+    """Top-1 of the online probe on a set's images, in %."""
     model.eval()
-    right = torch.zeros((), device=data.process.device)
-    for images, labels in data.plain("test"):
-        with data.process.autocast():
+    right = torch.zeros((), device=device)
+    for images, labels in plain_batches(data, args, device):
+        with autocast(args, device):
             _, logits = model(images)
         right += (logits.argmax(1) == labels).sum()
     model.train()
-    _, labels = data.sets["test"]
-    return 100 * data.process.sum(right).item() / len(labels)
+    return 100 * WORLD * average(right).item() / len(data.labels)
 
 
-def train(args):
-    process = start(args)
-    data = Data(args, process)
-    _, labels = data.sets["train"]
-    if len(labels) < args.batch_size:
-        fail(f"--batch-size {args.batch_size}: there are only {len(labels)} training images")
-    torch.manual_seed(args.seed)
-    model = Model(args.arch, args.image_size, args.projector, data.classes)
-    model.to(process.device, memory_format=memory_format(process.device))
-    optimizer, probe_optimizer = build_optimizers(args, model)
-    scaler = torch.amp.GradScaler(process.device.type, enabled=process.precision == "fp16")
-    parts = dict(model=model, main=optimizer, probe=probe_optimizer, scaler=scaler)
-    run = Run(args, data, parts)
-    net = distribute(model, process.device)
+def autocast(args, device):
+    dtype = torch.float16 if args.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=args.precision != "fp32")
+
+
+def train(args, run, train_set, test_set, device, steps):
+    model, optimizer, probe_optimizer, scaler = run.parts.values()
     criterion = partial(CRITERIA[args.criterion].terms, **args.set)
+    net = distribute(model, device)
     if args.compile:
         net = torch.compile(net, dynamic=False)  # once for each of two sizes of views
         criterion = torch.compile(criterion)
-    optimizers = optimizer, probe_optimizer
-    learn = partial(update, net, criterion, optimizers, scaler, process.autocast())
-    if args.profile:
-        return profile(learn, data)
-
-    done = run.resume()
-    if done >= run.steps:
-        return say(f"{run.out} is complete; more --epochs resume the run")
-    on_signals(run.ask_to_stop)
-    shape = f"{args.image_size} pixels, {args.arch}, {args.projector}, {args.optimizer}"
-    place = f"{process.world} x {process.device.type} {process.precision}"
-    say(f"{args.criterion}, {args.dataset}, {shape}, {place}, {run.out}")
-    bar = tqdm(total=run.steps, initial=done, unit="step", disable=not run.first, mininterval=0.5)
-    peak_lr = optimizer.defaults["lr"]
-    rows = []
-    for step, (views, labels) in enumerate(data.batches(done, run.steps), done):
+    first = run.saved_step
+    per_epoch = len(train_set.labels) // args.batch_size
+    bar = tqdm(total=steps, initial=first, unit="step", disable=RANK > 0, mininterval=0.5)
+    batches = training_batches(train_set, args, device, first, steps)
+    rows, began, test = [], time.perf_counter(), ""
+    for step, (views, labels) in enumerate(batches, first):
+        lr = optimizer.defaults["lr"] * schedule(step, steps, args.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = peak_lr * schedule(step, run.steps, args.warmup)
-        values, za = learn(views, labels)
-        rows.append(torch.stack(list(values.values())).detach())
-        asked = run.stop_signal and process.world == 1  # several must stop at the same step
-        if (step + 1) % 20 == 0 or (step + 1) % data.steps_per_epoch == 0 or asked:
-            text = run.look(step + 1, list(values), rows, za)
-            bar.update(step + 1 - bar.n)
-            bar.set_postfix_str(text)
-            rows = []
+            group["lr"] = lr
+        with autocast(args, device):
+            embeddings, logits = net(views)
+        za, zb = (gather(z) for z in embeddings.chunk(2))
+        terms = criterion(za, zb)
+        loss = sum(terms.values())
+        labels = labels.repeat(2)
+        probe_loss = F.cross_entropy(logits.float(), labels)
+        scaler.scale(loss + probe_loss).backward()
+        for each in (optimizer, probe_optimizer):
+            scaler.step(each)
+            each.zero_grad()
+        scaler.update()
+
+        top1 = 100 * (logits.argmax(1) == labels).float().mean()
+        rows.append(torch.stack([*terms.values(), loss, top1]).detach())
+        done = step + 1
+        if done % 20 == 0 or done % per_epoch == 0:  # only here does the host wait for the device
+            means = average(torch.stack(rows).mean(0)).tolist()
+            record = dict(zip([*terms, "loss", "probe_train"], means), step=step, lr=lr)
+            record["samples_per_s"] = len(rows) * args.batch_size / (time.perf_counter() - began)
+            if done % per_epoch == 0:
+                record |= {name: value.item() for name, value in diagnose(za.detach()).items()}
+                record["probe_test"] = probe_accuracy(model, test_set, args, device)
+                test = f" (test {record['probe_test']:.1f} %)"
+            run.log(record)
+            bar.update(done - bar.n)
+            loss, top1, speed = record["loss"], record["probe_train"], record["samples_per_s"]
+            bar.set_postfix_str(f"loss {loss:.4g}, probe {top1:.1f} %{test}, {speed:.0f} samples/s")
+            rows, began = [], time.perf_counter()
+        overdue = time.perf_counter() - run.saved_at > args.save_every
+        if RANK == 0 and (overdue or done == steps):
+            run.save(done)
     bar.close()
-    say(f"{run.out}: online probe {run.test:.2f} % on test images; next: python eval.py {run.out}")
-
-
-def profile(learn, data):
-    """Says where the time of 20 steps goes, after 10 that warm up."""
-    data.args.grow = 0  # all views of one size
-    batches = data.batches(0, 30)
-    for _, (views, labels) in zip(range(10), batches):
-        learn(views, labels)
-    with torch.profiler.profile() as profiler:
-        for views, labels in batches:
-            learn(views, labels)
-    order = "cuda_time_total" if data.process.device.type == "cuda" else "cpu_time_total"
-    say(profiler.key_averages().table(order, 30, max_name_column_width=40))
+    say(f"{run.out}: online probe{test}; next: python eval.py {run.out}")
 
 
 def main(argv=None):
-    train(parse_args(argv))
-    if dist.is_initialized():
-        dist.destroy_process_group()  # after a failure this could wait for other processes
-
-
-def run_program(program):
-    """Calls program(). User errors end with one line, all errors with a status."""
+    args = parse_args(argv)
+    device = start(args)
+    # one process, then one of each other node, then the others: each node downloads once
+    for turn in range(3):
+        if turn == (0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2):
+            train_set, test_set, classes = load(args, device)
+        if WORLD > 1:
+            dist.barrier()
+    n = len(train_set.labels)
+    if n < args.batch_size:
+        sys.exit(f"--batch-size {args.batch_size}: there are only {n} training images")
+    torch.manual_seed(args.seed)
+    model = Model(args.arch, args.image_size, args.projector, len(classes))
+    model.to(device, memory_format=memory_format(device))
+    optimizer, probe_optimizer = build_optimizers(args, model)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    parts = dict(model=model, optimizer=optimizer, probe=probe_optimizer, scaler=scaler)
+    run = Run(args, parts, images=n, classes=len(classes))
+    steps = args.epochs * (n // args.batch_size)
+    run.resume(device)
+    if run.saved_step >= steps:
+        return say(f"{run.out} is complete; more --epochs resume the run")
+    say(
+        f"{args.criterion} on {args.dataset}: {n} images of {len(classes)} classes,"
+        f" {len(test_set.labels)} test images; {args.image_size} pixels, {args.arch},"
+        f" {args.projector}, {args.optimizer}; {WORLD} x {device.type} {args.precision}; {run.out}"
+    )
     try:
-        program()
+        train(args, run, train_set, test_set, device, steps)
     except KeyboardInterrupt:
-        fail("interrupted", 130)
-    except Exception as error:
-        if isinstance(error, OSError):
-            reason = str(error).strip().rpartition("\n")[2]  # a reader's has a traceback before it
-            message, status = f"stopped, what was saved is intact: {reason}", 2
-        else:
-            traceback.print_exc()
-            message, status = "ended by the error above", 1
-        error.__traceback__ = None  # it holds the image readers, and an exit would wait for them
-        fail(message, status)
+        sys.exit(f"stopped; the same command resumes the run from step {run.saved_step}")
 
 
 if __name__ == "__main__":
-    run_program(main)
+    try:
+        main()
+    except OSError as error:  # an image reader's message has a traceback before it
+        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
+    if WORLD > 1:
+        dist.destroy_process_group()
