@@ -28,11 +28,12 @@ def parse_args(argv=None):
     add("--random-init", action="store_true", help="evaluate the encoder before its training")
     add("--data-dir", type=train.path, help="if the data are no longer where the run had them")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="to compute on")
-    workers = dict(type=train.number(int, 0, 256), default=train.cores())
-    add("--workers", **workers, help="processes that read images")
+    add("--workers", type=train.number(int, 0, 256), default=train.cores(), help="image readers")
     add("--epochs", type=train.number(int, 1, 1e6), default=100, help="of the linear probe")
     add("--k", type=train.number(int, 1, 1e6), default=10, help="nearest neighbors")
     add("--plot", type=Path, metavar="FILE", help="only draw a picture; needs matplotlib")
+    if train.WORLD > 1:
+        parser.error("evaluate in one process, without torchrun")
     return parser.parse_args(argv)
 
 
@@ -83,8 +84,9 @@ def knn(train_x, train_y, test_x, test_y, classes, k=10, temperature=0.07):
 
 
 @torch.no_grad()
-def embedding_statistics(z, batch):
-    """What the paper says of embeddings z (N, D), in a random batch, normalized."""
+def embedding_statistics(projector, features, batch):
+    """What the paper says of embeddings (N, D), in a random batch, normalized."""
+    z = torch.cat([projector(part) for part in features.split(500)])
     order = torch.randperm(len(z), generator=train.generator("cpu", 0)).to(z.device)
     x = F.normalize(z[order[:batch]])
     n, d = x.shape
@@ -118,24 +120,19 @@ def evaluate(run, args):
     device = train.start(settings)
     *sets, classes = train.load(settings, device)
     torch.manual_seed(settings.seed)
-    # --data-dir may have other classes
-    shape = settings.arch, settings.image_size, settings.projector, settings.classes
-    model = train.Model(*shape)
+    model = train.Model(settings.arch, settings.image_size, settings.projector, settings.classes)
     if not args.random_init:
         model.load_state_dict(saved["states"]["model"])
     model.to(device, memory_format=train.memory_format(device)).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     features = [x for data in sets for x in extract(model.encoder, data, settings, device)]
-    top1, top5 = linear_probe(*features, len(classes), args.epochs)
     test_x = features[2]
-    with torch.no_grad():
-        z = torch.cat([model.projector(part) for part in test_x.split(500)])
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    found = dict(criterion=settings.criterion, features=test_x.shape[1])
-    found.update(steps=0 if args.random_init else saved["step"], linear_top1=top1, linear_top5=top5)
+    found = dict(criterion=settings.criterion, steps=0 if args.random_init else saved["step"])
+    found["linear_top1"], found["linear_top5"] = linear_probe(*features, len(classes), args.epochs)
     found.update(knn_top1=knn(*features, len(classes), args.k), k=args.k)
-    found.update(rankme=diagnose(test_x)["rankme"].item())
-    found.update(embedding_statistics(z, settings.batch_size))
+    found.update(features=test_x.shape[1], rankme=diagnose(test_x)["rankme"].item())
+    found.update(embedding_statistics(model.projector, test_x, settings.batch_size))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     return dict(found, seconds=time.time() - began)
 
 

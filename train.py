@@ -182,12 +182,13 @@ def keywords(pairs, defaults):
 
 def start(args):
     """Joins torchrun's processes, if there are any, and sets args.precision. Returns the device."""
+    mps = torch.backends.mps.is_available() and WORLD == 1  # no backend sends its tensors
+    available = dict(cuda=torch.cuda.is_available(), mps=mps, cpu=True)
     kind = args.device
     if kind == "auto":
-        mps = torch.backends.mps.is_available() and WORLD == 1  # no backend sends its tensors
-        kind = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if not getattr(torch, kind).is_available():
-        sys.exit(f"--device {kind}: there is none here")
+        kind = next(name for name in available if available[name])
+    if not available[kind]:
+        sys.exit(f"--device {kind}: there is none for {WORLD} process(es) here")
     if args.precision == "auto":
         args.precision = fastest_precision(kind)
     device = torch.device(kind, LOCAL_RANK if kind == "cuda" else 0)
@@ -351,8 +352,10 @@ def shares(n, rank, world):
 
 def fetch(data, keys, args, device):
     """Yields a set's images and labels, on the device, for each key."""
-    workers = args.workers if isinstance(data, Folder) else 0
-    for batch in DataLoader(data, batch_size=None, sampler=keys, num_workers=workers):
+    options = dict(batch_size=None, sampler=keys)
+    if isinstance(data, Folder):
+        options.update(num_workers=args.workers, pin_memory=device.type == "cuda")
+    for batch in DataLoader(data, **options):
         yield [tensor.to(device, non_blocking=True) for tensor in batch]
 
 
