@@ -122,6 +122,7 @@ def number(kind, least, most):
             raise argparse.ArgumentTypeError(f"{text} is not between {least:g} and {most:g}")
         return kind(text)
 
+    parse.__name__ = kind.__name__  # for argparse's messages
     return parse
 
 
