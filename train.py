@@ -128,8 +128,8 @@ def number(kind, least, most):
 
 def widths(text):
     """An option's type: layer widths such as 2048-2048-512."""
-    if min(map(int, text.split("-"))) < 1:
-        raise ValueError
+    for width in text.split("-"):
+        number(int, 1, 99999)(width)
     return text
 
 
@@ -799,5 +799,7 @@ if __name__ == "__main__":
         main()
     except OSError as error:  # an image reader's message has a traceback before it
         sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped before the first step")
     if WORLD > 1:
         dist.destroy_process_group()
