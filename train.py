@@ -152,7 +152,7 @@ def check(args, parser):
         args.set = keywords(args.set, hyperparameters)
         args.views = keywords(args.views, VIEWS)
         if args.batch_size % WORLD or args.batch_size < 2 * WORLD:
-            raise ValueError(f"--batch-size is not {WORLD} parts of at least 2")
+            raise ValueError(f"--batch-size is not a multiple of {WORLD}, at least {2 * WORLD}")
         if not all(0 <= value <= 1 for value in args.views.values()):
             raise ValueError("--views are between 0 and 1")
         views = torch.randn(2, args.batch_size, int(args.projector.split("-")[-1]))
@@ -183,7 +183,9 @@ def keywords(pairs, defaults):
 
 def start(args):
     """Joins torchrun's processes, if there are any, and sets args.precision. Returns the device."""
-    mps = torch.backends.mps.is_available() and WORLD == 1  # no backend sends its tensors
+    mps = (
+        torch.backends.mps.is_available() and WORLD == 1
+    )  # neither gloo nor NCCL sends its tensors
     available = dict(cuda=torch.cuda.is_available(), mps=mps, cpu=True)
     kind = args.device
     if kind == "auto":
@@ -191,24 +193,22 @@ def start(args):
     if not available[kind]:
         sys.exit(f"--device {kind}: there is none for {WORLD} process(es) here")
     if args.precision == "auto":
-        args.precision = fastest_precision(kind)
+        fast_on_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        args.precision = "bf16" if kind == "cpu" and fast_on_cpu else "fp32"
+        if kind == "cuda":  # older GPUs emulate bf16, slowly
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            args.precision = "bf16" if bf16 else "fp16"
     device = torch.device(kind, LOCAL_RANK if kind == "cuda" else 0)
     if kind == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # shapes hardly ever change
-        if args.precision != "fp32":  # then TF32 is more precise than the features are
+        if args.precision != "fp32":  # TF32 has more bits than bf16 and fp16
             torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     if WORLD > 1:
         hour = datetime.timedelta(hours=1)  # the first process may have to download the data
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=hour)
     return device
-
-
-def fastest_precision(kind):
-    if kind == "cuda":  # older GPUs emulate bf16, slowly
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    fast_on_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bf16" if kind == "cpu" and fast_on_cpu() else "fp32"
 
 
 def memory_format(device):
@@ -407,7 +407,7 @@ def augment(images, draws, recipe, size, operations):
     values = parameters(draws, recipe, height, width)
     layout = dict(device=images.device, memory_format=memory_format(images.device))
     views = torch.empty(n, 3, size, size, **layout)
-    chunk = 64 if images.is_cpu else n  # so much is held by a CPU core's cache
+    chunk = 64 if images.is_cpu else n  # fits in a CPU core's cache
     for part in (slice(i, i + chunk) for i in range(0, n, chunk)):
         views[part] = operations(images[part], values[:, part], size, recipe["blur"] > 0)
     return views
@@ -417,8 +417,8 @@ def parameters(draws, recipe, height, width):
     """What each view's operations need, (11, B, 1, 1)."""
     draws = draws.T[..., None, None]
     area, aspect, top, left, flip, jitter, *strengths, hue, grey, blur, sigma, solarize = draws
-    # Area and aspect ratio are drawn as in torchvision's RandomResizedCrop. That one draws again if
-    # a side is longer than the image's; here the side is cut.
+    # area and aspect ratio as in torchvision's RandomResizedCrop, which draws again if a side is
+    # longer than the image's; here it is cut
     area = (recipe["crop"] + (1 - recipe["crop"]) * area) * height * width
     aspect = ((2 * aspect - 1) * math.log(4 / 3) * (recipe["crop"] < 1)).exp()
     h = (area / aspect).sqrt().round().clamp(1, height)
@@ -553,11 +553,12 @@ class LARS(torch.optim.SGD):
     @torch.no_grad()
     def step(self, eta=0.02):
         for group in self.param_groups:
-            for w in group["params"] if "decay" in group else []:
-                # g <- (g + decay w) eta |w| / |g + decay w|, unless one of the norms is 0
-                g = w.grad.add_(w, alpha=group["decay"])
-                ratio = eta * w.norm() / g.norm()
-                g.mul_(torch.where((ratio > 0) & ratio.isfinite(), ratio, 1))
+            if "decay" in group:
+                for w in group["params"]:
+                    # g <- (g + decay w) eta |w| / |g + decay w|, unless one of the norms is 0
+                    g = w.grad.add_(w, alpha=group["decay"])
+                    ratio = eta * w.norm() / g.norm()
+                    g.mul_(torch.where((ratio > 0) & ratio.isfinite(), ratio, 1))
         super().step()
 
 
@@ -588,7 +589,7 @@ def distribute(model, device):
         return model
     if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    else:  # torch's SyncBatchNorm refuses CPUs: gather the batch before, take the own part after
+    else:  # torch's SyncBatchNorm refuses CPUs: gather the batch before, keep this part after
         for module in model.modules():
             if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 module.register_forward_pre_hook(gather_batch)
@@ -636,7 +637,7 @@ class Run:
             self.log_file = open(self.out / "log.jsonl", "ab", buffering=0)
             self.log_file.truncate(
                 min(saved["log_bytes"], self.log_file.tell())
-            )  # what came after is redone
+            )  # its steps will be redone
             self.written = self.time_written()
             if saved["step"] == 0:
                 self.save(0)  # so that another run in this folder finds the settings
@@ -645,7 +646,9 @@ class Run:
         """Writes a line of the log. Ends the run if a value is not finite."""
         for name, value in record.items():
             if not math.isfinite(value):
-                sys.exit(f"{name} is {value} at step {record['step']}; {self.out} is as it was")
+                sys.exit(
+                    f"{name} is {value} at step {record['step']}; the checkpoint in {self.out} is as it was"
+                )
         if RANK == 0:
             self.log_file.write((json.dumps(record) + "\n").encode())
 
@@ -657,8 +660,10 @@ class Run:
         if self.time_written() != self.written:
             sys.exit(f"another run writes to {self.out}, so this one ends: name another --out")
         model = self.parts["model"]
-        if not all(weight.isfinite().all() for weight in model.parameters()):
-            sys.exit(f"weights are not finite at step {step}; {self.out} is as it was")
+        if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+            sys.exit(
+                f"weights are not finite at step {step}; the checkpoint in {self.out} is as it was"
+            )
         states = {name: part.state_dict() for name, part in self.parts.items()}
         saved = dict(
             settings=self.settings, step=step, log_bytes=self.log_file.tell(), states=states
@@ -726,7 +731,7 @@ def train(args, run, train_set, test_set, device, steps):
             group["lr"] = lr
         with autocast(args, device):
             embeddings, logits = net(views)
-        za, zb = (gather(z) for z in embeddings.chunk(2))
+        za, zb = (gather(z) for z in embeddings.chunk(2))  # the whole batch, with its gradients
         terms = criterion(za, zb)
         loss = sum(terms.values())
         labels = labels.repeat(2)
@@ -764,8 +769,9 @@ def main(argv=None):
     args = parse_args(argv)
     device = start(args)
     # one process, then one of each other node, then the others: each node downloads once
+    own_turn = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
     for turn in range(3):
-        if turn == (0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2):
+        if turn == own_turn:
             train_set, test_set, classes = load(args, device)
         if WORLD > 1:
             dist.barrier()
@@ -791,7 +797,8 @@ def main(argv=None):
     try:
         train(args, run, train_set, test_set, device, steps)
     except KeyboardInterrupt:
-        sys.exit(f"stopped; the same command resumes the run from step {run.saved_step}")
+        step = run.saved_step
+        sys.exit(f"stopped; the same command goes on from step {step}" if RANK == 0 else 1)
 
 
 if __name__ == "__main__":
