@@ -646,9 +646,8 @@ class Run:
         """Writes a line of the log. Ends the run if a value is not finite."""
         for name, value in record.items():
             if not math.isfinite(value):
-                sys.exit(
-                    f"{name} is {value} at step {record['step']}; the checkpoint in {self.out} is as it was"
-                )
+                step = record["step"]
+                sys.exit(f"{name} is {value} at step {step}; {self.out} keeps its checkpoint")
         if RANK == 0:
             self.log_file.write((json.dumps(record) + "\n").encode())
 
@@ -661,9 +660,7 @@ class Run:
             sys.exit(f"another run writes to {self.out}, so this one ends: name another --out")
         model = self.parts["model"]
         if not all(weight.isfinite().all() for weight in model.state_dict().values()):
-            sys.exit(
-                f"weights are not finite at step {step}; the checkpoint in {self.out} is as it was"
-            )
+            sys.exit(f"weights are not finite at step {step}; {self.out} keeps its checkpoint")
         states = {name: part.state_dict() for name, part in self.parts.items()}
         saved = dict(
             settings=self.settings, step=step, log_bytes=self.log_file.tell(), states=states
