@@ -589,12 +589,14 @@ def distribute(model, device):
         return model
     if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    else:  # torch's SyncBatchNorm refuses CPUs: gather the batch before, keep this part after
+    else:  # torch's SyncBatchNorm refuses CPUs: gather the batch before, keep the own part after
         for module in model.modules():
             if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 module.register_forward_pre_hook(gather_batch)
                 module.register_forward_hook(take_part)
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    net = nn.parallel.DistributedDataParallel(model)
+    net.broadcast_buffers = False  # the processes' buffers agree
+    return net
 
 
 def gather_batch(module, inputs):
@@ -602,7 +604,7 @@ def gather_batch(module, inputs):
 
 
 def take_part(module, inputs, output):
-    return output.chunk(WORLD)[RANK] if module.training else None
+    return output.chunk(WORLD)[RANK].clone() if module.training else None
 
 
 # ---- The run -------------------------------------------------------------------------------------
