@@ -12,6 +12,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import resource
@@ -26,10 +27,12 @@ import time
 from functools import partial
 from pathlib import Path
 
+import matplotlib.axes
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 import torchvision.transforms.functional as TF
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -817,6 +820,26 @@ def test_every_parameter_of_every_sample_is_drawn_by_itself():
     assert all(torch.equal(few[name], p[name][:3]) for name in PARAMETERS)
 
 
+@pytest.mark.parametrize("least", [0.08, 0.2])
+def test_crops_are_distributed_as_torchvisions(least):
+    n, image, get = 10_000, torch.empty(3, 320, 320), transforms.RandomResizedCrop.get_params
+    torch.manual_seed(0)
+    boxes = torch.tensor([get(image, (least, 1), (3 / 4, 4 / 3)) for _ in range(n)])
+    p = drawn_parameters(n, 320, 320, crop=least, flip=0)
+    ours = torch.stack([p[name] for name in ("top", "left", "height", "width")], 1).long()
+    # where a side would be longer than the image's, ours is cut, and 3/4 of the area remains
+    samples = [x[x[:, 2] * x[:, 3] < 0.74 * 320**2] for x in (boxes, ours)]
+    for pair in zip(*(x.T for x in samples)):
+        shares = [x.bincount(minlength=321).cumsum(0) / len(x) for x in pair]
+        assert (shares[0] - shares[1]).abs().max() < 0.03  # Kolmogorov-Smirnov
+
+
+def test_images_without_augmentation_are_themselves():
+    recipe = dict.fromkeys(train.VIEWS, 0) | dict(crop=1)
+    views = train.augment(pictures(), torch.rand(4, 14), recipe, 32, train.transform)
+    assert_close(views * STD + MEAN, pictures() / 255, 1e-6)
+
+
 # --- Data -----------------------------------------------------------------------------------------
 
 
@@ -901,6 +924,27 @@ def test_missing_images_are_one_sentence(sentence, tmp_path):
         train.load(parse(f"--dataset folder --data-dir {tmp_path}"), CPU)
 
 
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_is_read_from_its_archive(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    kind, images, labels = getattr(torchvision.datasets, name.upper()), pictures(8), list(range(8))
+    content = dict(data=images.flatten(1).numpy(), labels=labels, fine_labels=labels)
+    content[kind.meta["key"]] = list("abcdefgh")
+    (tmp_path / kind.base_folder).mkdir()
+    for file, _ in (*kind.train_list, *kind.test_list, (kind.meta["filename"], "")):
+        (tmp_path / kind.base_folder / file).write_bytes(pickle.dumps(content))
+    data, _, classes = train.load(parse(f"--dataset {name} --data-dir {tmp_path}"), CPU)
+    files = len(kind.train_list)
+    assert torch.equal(data.images, images.repeat(files, 1, 1, 1)) and classes == list("abcdefgh")
+    assert data.labels.tolist() == labels * files
+
+
+def test_a_download_that_fails_names_the_data_set(tmp_path, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", None)
+    with pytest.raises(SystemExit, match="^cifar10 .*failed.*not callable.* --data-dir.* shapes$"):
+        train.load(parse(f"--dataset cifar10 --data-dir {tmp_path}"), CPU)
+
+
 # --- Settings -------------------------------------------------------------------------------------
 
 
@@ -932,6 +976,30 @@ def readme(name):
     """A piece of the README's code."""
     text = (HERE / "README.md").read_text()
     return re.search(rf"<!-- {name} -->\n```python\n(.*?)```", text, re.S)[1]
+
+
+def test_hyperparameters_keep_their_types(monkeypatch, capsys):
+    register(lambda za, zb, on=True, weight=25, rate=1.0, kind="a": dict(a=za.sum()), monkeypatch)
+    line = "--dataset shapes --criterion own --set on=False rate=2 --set kind=1 rate=3"
+    assert repr(parse(line).set) == repr(dict(on=False, weight=25, rate=3.0, kind="1"))
+    for bad in ("weight=2.5", "on=2", "rate=x"):
+        with pytest.raises(SystemExit):
+            parse(f"{line} {bad}")
+        assert f"{bad}: choose from on=True, weight=25, rate=" in capsys.readouterr().err
+
+
+def test_a_criterion_may_need_many_samples(monkeypatch):
+    register(lambda a, b: dict(a=torch.linalg.cholesky(a.T.cov()).sum() + a[4].sum()), monkeypatch)
+    parse("--dataset shapes --criterion own --batch-size 64 --projector 32-5")
+
+
+def test_readmes_own_loss_is_its_formula(monkeypatch):
+    monkeypatch.setattr(duality, "CRITERIA", {})
+    exec(readme("frossl"), dict(vars(duality)))
+    zs = two_views(12, 5)
+    za, zb = (standardized(z) / len(z) ** 0.5 for z in zs)
+    repulsion = sum((z.T @ z).square().sum().log() for z in (za, zb))
+    assert_equal([duality.CRITERIA["frossl"](*zs)], [repulsion + (za - zb).square().sum() / 12])
 
 
 # --- Model and optimizer --------------------------------------------------------------------------
@@ -1391,3 +1459,21 @@ def test_an_encoder_loads_into_torchvisions_resnet(command, out):
     model = train.Model("resnet18", 64, "16-8", 2).eval()
     model.load_state_dict(load(out)["states"]["model"])
     assert torch.equal(namespace["model"].eval()(x), model.encoder(x))
+
+
+def test_a_run_is_evaluated_elsewhere_and_plotted(command, images, tmp_path, out, monkeypatch):
+    monkeypatch.chdir(images.parent)
+    train_here(f"{command} --epochs 2 --data-dir {images.name} --out {os.path.relpath(out)}")
+    monkeypatch.chdir(tmp_path)
+    evaluate_here("run --epochs 2 --workers 0", monkeypatch)
+    drawn, draw = [], matplotlib.axes.Axes.plot
+
+    def plot(axes, x, y, style, **kwargs):
+        drawn.append(torch.tensor([x, y] if style == "*" else [*x, *y]).tolist())
+        return draw(axes, x, y, style, **kwargs)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", plot)
+    evaluate_here("run --plot picture.png", monkeypatch)
+    tests, result = log_of(out, "probe_test"), json.loads((out / "eval.json").read_text())
+    assert drawn == [pytest.approx([5, 10, *sum(tests, [])]), [10, result["linear_top1"]]]
+    assert Image.open(tmp_path / "picture.png").size == (900, 600)

@@ -146,19 +146,19 @@ def cores():
 
 def check(args, parser):
     """Completes --set and --views, and tries the criterion before any data are read."""
+    if args.batch_size % WORLD or args.batch_size < 2 * WORLD:
+        parser.error(f"--batch-size is not a multiple of {WORLD}, at least {2 * WORLD}")
     parameters = inspect.signature(CRITERIA[args.criterion]).parameters.values()
     hyperparameters = {p.name: p.default for p in parameters if p.default is not p.empty}
     try:
         args.set = keywords(args.set, hyperparameters)
         args.views = keywords(args.views, VIEWS)
-        if args.batch_size % WORLD or args.batch_size < 2 * WORLD:
-            raise ValueError(f"--batch-size is not a multiple of {WORLD}, at least {2 * WORLD}")
         if not all(0 <= value <= 1 for value in args.views.values()):
-            raise ValueError("--views are between 0 and 1")
+            raise ValueError("a value of --views is not between 0 and 1")
         views = torch.randn(2, args.batch_size, int(args.projector.split("-")[-1]))
         CRITERIA[args.criterion](*views, **args.set)
-    except (ArithmeticError, ValueError) as error:
-        parser.error(str(error))
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        parser.error(f"--set, --views or --projector: {error}")
 
 
 def keywords(pairs, defaults):
