@@ -265,11 +265,11 @@ def log_sum_exp(x, n_samples, temperature, similarity=torch.positive):
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
-    n = len(x)
+    n, m = x.shape
     sample = torch.arange(n, device=x.device) % n_samples
 
     def of_rows(rows, sample_of_row):
-        products = gram(x) if rows is x else rows @ x.T
+        products = gram(x) if rows is x and n <= m else rows @ x.T  # gram pays if n <= m
         same = sample_of_row[:, None] == sample
         scores = (similarity(products) / temperature).masked_fill_(same, -math.inf)
         return scores.logsumexp(1)
