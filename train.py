@@ -85,14 +85,23 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("model and optimization").add_argument
     add("--arch", choices=ARCHS, metavar="NAME", help="small, or one of torchvision's ResNets")
-    add("--projector", type=widths, metavar="N-N-N", help="widths of its layers")
+    add("--projector", type=widths, metavar="N-N-N", help="widths of the projector's layers")
     add("--epochs", type=number(int, 1, 1e6), help="passes over the data")
     add("--batch-size", type=number(int, 2, 1e6), help="of all processes together")
     add("--optimizer", choices=OPTIMIZERS, help="of encoder and projector")
     add("--lr", type=number(float, 0, 1e9), help="times batch size / 256, except with adamw")
     add("--weight-decay", type=number(float, 0, 1e9), help="of weights, not of biases and norms")
-    add("--warmup", type=number(float, 0, 1), default=0.05, help="share of the steps")
-    add("--grow", type=number(float, 0, 1), help="share of the steps, at 5/8 of the image size")
+    add(
+        "--warmup",
+        type=number(float, 0, 1),
+        default=0.05,
+        help="share of the steps in which the rate rises",
+    )
+    add(
+        "--grow",
+        type=number(float, 0, 1),
+        help="share of the steps, from the first, at 5/8 the size",
+    )
 
     add = parser.add_argument_group("running").add_argument
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="to train on")
@@ -100,7 +109,7 @@ def parse_args(argv=None):
     add("--precision", choices=precisions, default="auto", help="auto is the fastest")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random")
     add("--out", type=path, help="the run's folder")
-    add("--save-every", type=number(float, 0, 1e9), default=120, help="seconds")
+    add("--save-every", type=number(float, 0, 1e9), default=120, help="seconds between saves")
     add("--compile", action="store_true", help="torch.compile network, criterion and views")
 
     chosen, _ = parser.parse_known_args(argv)
@@ -147,21 +156,24 @@ def cores():
 def check(args, parser):
     """Completes --set and --views, and tries the criterion before any data are read."""
     if args.batch_size % WORLD or args.batch_size < 2 * WORLD:
-        parser.error(f"--batch-size is not a multiple of {WORLD}, at least {2 * WORLD}")
+        parser.error(f"--batch-size must be a multiple of {WORLD}, and at least {2 * WORLD}")
     parameters = inspect.signature(CRITERIA[args.criterion]).parameters.values()
     hyperparameters = {p.name: p.default for p in parameters if p.default is not p.empty}
     try:
-        args.set = keywords(args.set, hyperparameters)
-        args.views = keywords(args.views, VIEWS)
-        if not all(0 <= value <= 1 for value in args.views.values()):
-            raise ValueError("a value of --views is not between 0 and 1")
-        views = torch.randn(2, args.batch_size, int(args.projector.split("-")[-1]))
+        args.set = keywords("--set", args.set, hyperparameters)
+        args.views = keywords("--views", args.views, VIEWS)
+    except ValueError as error:
+        parser.error(str(error))
+    if not all(0 <= value <= 1 for value in args.views.values()):
+        parser.error("a value of --views is not between 0 and 1")
+    views = torch.randn(2, args.batch_size, int(args.projector.split("-")[-1]))
+    try:
         CRITERIA[args.criterion](*views, **args.set)
     except (ArithmeticError, RuntimeError, ValueError) as error:
-        parser.error(f"--set, --views or --projector: {error}")
+        parser.error(f"--set or --projector: {error}")
 
 
-def keywords(pairs, defaults):
+def keywords(option, pairs, defaults):
     """The defaults, updated by NAME=VALUE texts in their types."""
     found = dict(defaults)
     for pair in pairs:
@@ -174,7 +186,7 @@ def keywords(pairs, defaults):
                 raise ValueError
         except (KeyError, SyntaxError, TypeError, ValueError):
             choices = ", ".join(f"{name}={default!r}" for name, default in defaults.items())
-            raise ValueError(f"{pair}: choose from {choices}") from None
+            raise ValueError(f"{option} {pair}: choose from {choices}") from None
     return found
 
 
@@ -183,9 +195,8 @@ def keywords(pairs, defaults):
 
 def start(args):
     """Joins torchrun's processes, if there are any, and sets args.precision. Returns the device."""
-    mps = (
-        torch.backends.mps.is_available() and WORLD == 1
-    )  # neither gloo nor NCCL sends its tensors
+    # neither gloo nor NCCL sends MPS tensors
+    mps = torch.backends.mps.is_available() and WORLD == 1
     available = dict(cuda=torch.cuda.is_available(), mps=mps, cpu=True)
     kind = args.device
     if kind == "auto":
@@ -332,7 +343,8 @@ def load(args, device):
             Folder(root / part, args.image_size, args.views["crop"]) for part in ("train", test)
         ]
     except FileNotFoundError as error:  # no folder, no class, or a class without images
-        sys.exit(f"{str(error).splitlines()[0]}; --data-dir DIR has DIR/train/CLASS/IMAGE")
+        reason = str(error).splitlines()[0]
+        sys.exit(f"{reason}; --data-dir DIR has DIR/train/CLASS/IMAGE, and the same in val or test")
     classes = sets[0].classes
     for name in set(classes) ^ set(sets[1].classes):
         sys.exit(f"{root}: class {name} is not in both train and {test}")
@@ -637,9 +649,8 @@ class Run:
         if RANK == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             self.log_file = open(self.out / "log.jsonl", "ab", buffering=0)
-            self.log_file.truncate(
-                min(saved["log_bytes"], self.log_file.tell())
-            )  # its steps will be redone
+            # drops the lines of steps that will be redone
+            self.log_file.truncate(min(saved["log_bytes"], self.log_file.tell()))
             self.written = self.time_written()
             if saved["step"] == 0:
                 self.save(0)  # so that another run in this folder finds the settings
