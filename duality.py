@@ -53,8 +53,7 @@ def criterion(function):
 # ---- Section 3: two criteria and a theorem -------------------------------------------------------
 
 # Theorem 3.3:  L_nc + sum_j ||K_j,.||^4 = L_c + sum_i ||K_.,i||^4
-# Proof. K^T K (N, N) and K K^T (D, D) have the same eigenvalues, except for zeros. So they have the
-# same Frobenius norm, and each side of the theorem is its square.
+# Proof. Each side is ||K^T K||_F^2 = ||K K^T||_F^2: the two have the same eigenvalues, except zeros.
 # The algorithm. Whichever criterion is asked for, compute only the smaller of the two matrices.
 
 
@@ -122,9 +121,7 @@ def lemma_3_4(n, m, a=1.0):
 def corollary_3_4_1(z):
     """Bounds on L_c(z) for embeddings of norm 1; given z.T, on L_nc(z) for dimensions of norm 1."""
     # L_nc - N + N^2 / D <= L_c <= L_nc - N + N^2
-    lower, upper = lemma_3_4(*z.shape)
-    base = L_nc(z) - len(z)
-    return base + lower, base + upper
+    return tuple(L_nc(z) - len(z) + bound for bound in lemma_3_4(*z.shape))
 
 
 # ---- What the criteria share ---------------------------------------------------------------------
@@ -446,6 +443,5 @@ def sum_over_processes(gradient):
 
 if __name__ == "__main__":
     z = torch.randn(256, 128, dtype=torch.float64)
-    left, right = (z.T @ z).square().sum(), (z @ z.T).square().sum()
-    print(f"L_nc + sum_j ||K_j,.||^4 = {L_nc(z):.2f} + {norms4(z.T):.2f} = {left:.2f}")
-    print(f"L_c  + sum_i ||K_.,i||^4 = {L_c(z):.2f} + {norms4(z):.2f} = {right:.2f}")
+    print(f"L_nc {L_nc(z):.2f} + sum_j ||K_j,.||^4 {norms4(z.T):.2f} = {(z.T @ z).norm() ** 2:.2f}")
+    print(f"L_c  {L_c(z):.2f} + sum_i ||K_.,i||^4 {norms4(z):.2f} = {(z @ z.T).norm() ** 2:.2f}")
