@@ -53,7 +53,7 @@ def criterion(function):
 # ---- Section 3: two criteria and a theorem -------------------------------------------------------
 
 # Theorem 3.3:  L_nc + sum_j ||K_j,.||^4 = L_c + sum_i ||K_.,i||^4
-# Proof. Each side is ||K^T K||_F^2 = ||K K^T||_F^2: the two have the same eigenvalues, except zeros.
+# Proof. Each side is ||K^T K||_F^2 = ||K K^T||_F^2: both have the same eigenvalues, but for zeros.
 # The algorithm. Whichever criterion is asked for, compute only the smaller of the two matrices.
 
 
