@@ -211,12 +211,16 @@ def start(args):
             args.precision = "bf16" if bf16 else "fp16"
     device = torch.device(kind, LOCAL_RANK if kind == "cuda" else 0)
     if kind == "cuda":
+        if LOCAL_RANK >= torch.cuda.device_count():
+            sys.exit(f"--nproc-per-node is more than the {torch.cuda.device_count()} GPU(s) here")
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # shapes hardly ever change
         if args.precision != "fp32":  # TF32 has more bits than bf16 and fp16
             torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     if WORLD > 1:
+        if "MASTER_ADDR" not in os.environ:
+            sys.exit("WORLD_SIZE is set: start several processes with torchrun")
         hour = datetime.timedelta(hours=1)  # the first process may have to download the data
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=hour)
     return device
@@ -579,6 +583,7 @@ def build_optimizers(args, model):
     params = [*model.encoder.parameters(), *model.projector.parameters()]
     kinds = dict(lars=LARS, sgd=torch.optim.SGD, adamw=partial(torch.optim.AdamW, fused=True))
     options = dict(weight_decay=0.0) if args.optimizer == "adamw" else dict(momentum=0.9)
+    # LARS adds the decay itself, under another name, before it rescales the gradients
     decay = {"decay" if args.optimizer == "lars" else "weight_decay": args.weight_decay}
     weights = dict(params=[p for p in params if p.ndim > 1], **decay)
     others = dict(params=[p for p in params if p.ndim <= 1])
