@@ -4,8 +4,7 @@ Garrido, Chen, Bardes, Najman, LeCun, ICLR 2023, arXiv 2206.02574.
 
 Notation. The paper's K has a row per dimension and a column per image. Here z = K^T is (N, D): one
 embedding z_i per image, N images in a batch, D dimensions (M in the paper). Each image has two
-views, za and zb; formulas write z_i and z'_i for their rows, K and K' for their transposes, and
-lambda, mu and nu for the weights of invariance, variance and covariance or repulsion.
+views, za and zb; formulas write z_i and z'_i for their rows, K and K' for their transposes.
 
 A criterion is a function f(za, zb, **hyperparameters) that returns a dict of its weighted terms.
 @criterion makes it a loss: vicreg(za, zb) is the sum of the terms, vicreg.terms(za, zb) the dict.
@@ -20,14 +19,14 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 CRITERIA = {}  # name, with hyphens -> loss
-BLOCK = 2**22  # about so many products are held at a time by log_sum_exp
+BLOCK = 2**22  # log_sum_exp holds about this many products at a time
 
 
 def criterion(function):
     """Turns a function of (za, zb) that returns weighted terms into a loss listed in CRITERIA.
 
     It computes in float32 or float64, even under autocast. Raises ValueError unless both views are
-    (N, D), N > 1, D > 0. On a CPU the loss, not .terms, also raises it if it is not finite.
+    (N, D), N > 1, D > 0. On a CPU, the loss (not .terms) does so too if not finite.
     """
 
     @functools.wraps(function)
@@ -63,13 +62,13 @@ class Gram(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):  # L_c may be called under autocast
             return x @ x.T
 
     @staticmethod
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        return (grad + grad.T.contiguous()) @ x  # contiguous: adds faster
+        return (grad + grad.T.contiguous()) @ x  # a contiguous copy adds faster
 
 
 gram = Gram.apply
@@ -77,8 +76,7 @@ gram = Gram.apply
 
 def smaller_gram(x):
     """X X^T (n, n) or X^T X (m, m) of x (n, m), whichever is smaller."""
-    n, m = x.shape
-    return gram(x) if n <= m else gram(x.T)
+    return gram(x) if len(x) <= x.shape[1] else gram(x.T)
 
 
 def diagonal_and_rest(x, y=None):
@@ -113,14 +111,12 @@ def norms4(z):
 
 
 def lemma_3_4(n, m, a=1.0):
-    """Bounds on norms4(z.T) for n embeddings of norm a in m dimensions. Dual: swap n and m."""
-    # n^2 / m a^4 <= sum_j ||K_j,.||^4 <= n^2 a^4
+    """n^2 / m a^4 <= norms4(z.T) <= n^2 a^4 for n embeddings z of norm a. Dual: swap n and m."""
     return n**2 / m * a**4, n**2 * a**4
 
 
 def corollary_3_4_1(z):
-    """Bounds on L_c(z) for embeddings of norm 1; given z.T, on L_nc(z) for dimensions of norm 1."""
-    # L_nc - N + N^2 / D <= L_c <= L_nc - N + N^2
+    """L_nc - N + N^2 / D <= L_c(z) <= L_nc - N + N^2 for embeddings of norm 1. Dual: pass z.T."""
     return tuple(L_nc(z) - len(z) + bound for bound in lemma_3_4(*z.shape))
 
 
@@ -151,8 +147,8 @@ def distance(za, zb):
 def squared_contrast(L, za, zb, invariance, repulsion):
     # lambda / N sum_i ||z_i - z'_i||^2 + nu / (2N) (L(K) + L(K'))
     za, zb = spread(za), spread(zb)
-    mean = (L(za) + L(zb)) / (2 * len(za))
-    return dict(invariance=invariance * distance(za, zb), repulsion=repulsion * mean)
+    nu = repulsion / (2 * len(za))
+    return dict(invariance=invariance * distance(za, zb), repulsion=nu * (L(za) + L(zb)))
 
 
 # ---- Dimension-contrastive criteria (Prop 3.2) ---------------------------------------------------
@@ -164,49 +160,45 @@ def dimension_contrastive(za, zb, invariance=25.0, repulsion=1.0):
     return squared_contrast(L_nc, za, zb, invariance, repulsion)
 
 
-# VICReg's terms are those of X = K (D, N) with centered dimensions, and C = X X^T / (N - 1). All
-# are written for X (n, m), because VICReg-ctr takes X = K^T.
+# With C = X X^T / (m - 1) for X (n, m): X = K with centered dimensions or, for VICReg-ctr, X = K^T.
 
 
-def hinge(variances, eps=1e-4):
+def hinge(diagonal, eps=1e-4):
     # v = 1/n sum_i max(0, 1 - sqrt(C_ii + eps))
-    return F.relu(1 - (variances + eps).sqrt()).mean()
+    return F.relu(1 - (diagonal + eps).sqrt()).mean()
 
 
-def v_and_c(x):
-    # c = 1/n sum_{i != j} C_ij^2
-    n, m = x.shape
-    diagonal, squares = diagonal_and_rest(x)
-    return hinge(diagonal / (m - 1)), squares / (m - 1) ** 2 / n
+def v_and_c(z):
+    # c = 1/D sum_{i != j} C_ij^2
+    N, D = z.shape
+    diagonal, squares = diagonal_and_rest(z.T)
+    return hinge(diagonal / (N - 1)), squares / (N - 1) ** 2 / D
 
 
-def vicreg_terms(za, zb, v, c, invariance, variance, covariance):
-    # lambda / (N D) sum_i ||z_i - z'_i||^2 + mu / 2 v + nu c, where v and c are both views' sums
+def vicreg_terms(za, zb, v_and_c, lambda_, mu, nu):
+    # lambda / (N D) sum_i ||z_i - z'_i||^2 + mu / 2 (v(K) + v(K')) + nu (c(K) + c(K'))
+    (va, ca), (vb, cb) = v_and_c(center(za)), v_and_c(center(zb))
     s = F.mse_loss(za, zb)
-    return dict(invariance=invariance * s, variance=variance / 2 * v, covariance=covariance * c)
+    return dict(invariance=lambda_ * s, variance=mu / 2 * (va + vb), covariance=nu * (ca + cb))
 
 
 @criterion
 def vicreg(za, zb, invariance=25.0, variance=25.0, covariance=1.0):
     """VICReg (arXiv 2105.04906) as in its code: v is averaged over the views, c is summed."""
-    va, ca = v_and_c(center(za).T)
-    vb, cb = v_and_c(center(zb).T)
-    return vicreg_terms(za, zb, va + vb, ca + cb, invariance, variance, covariance)
+    return vicreg_terms(za, zb, v_and_c, invariance, variance, covariance)
 
 
-def v_and_c_contrastive(x):
+def v_and_c_contrastive(z):
     # c = (L_c + L_reg) / ((N - 1)^2 D),  L_reg = sum_i ||K_.,i||^4 - sum_j ||K_j,.||^4
-    D, N = x.shape
-    squares = L_c(x.T) + norms4(x.T) - norms4(x)
-    return hinge((x * x).sum(1) / (N - 1)), squares / (N - 1) ** 2 / D
+    N, D = z.shape
+    squares = L_c(z) + norms4(z) - norms4(z.T)
+    return hinge((z * z).sum(0) / (N - 1)), squares / (N - 1) ** 2 / D
 
 
 @criterion
 def vicreg_contrastive(za, zb, invariance=25.0, variance=25.0, covariance=1.0):
     """VICReg as a contrastive method, Eq 9-10: same value and gradient, less precise if N >> D."""
-    va, ca = v_and_c_contrastive(center(za).T)
-    vb, cb = v_and_c_contrastive(center(zb).T)
-    return vicreg_terms(za, zb, va + vb, ca + cb, invariance, variance, covariance)
+    return vicreg_terms(za, zb, v_and_c_contrastive, invariance, variance, covariance)
 
 
 @criterion
@@ -228,7 +220,7 @@ def coding_rate(z, eps):
 
 @criterion
 def tcr(za, zb, invariance=1.0, eps=0.5):
-    """Minus the total coding rate (arXiv 2201.10000) of unit-norm embeddings, divided by N."""
+    """Minus the total coding rate (arXiv 2201.10000) per embedding, for embeddings of norm 1."""
     # lambda / N sum_i ||z_i - z'_i||^2 - (R(Z) + R(Z')) / (2N)
     za, zb = F.normalize(za), F.normalize(zb)
     rate = (coding_rate(za, eps) + coding_rate(zb, eps)) / (2 * len(za))
@@ -266,7 +258,7 @@ def log_sum_exp(x, n_samples, temperature, similarity=torch.positive):
     sample = torch.arange(n, device=x.device) % n_samples
 
     def of_rows(rows, sample_of_row):
-        products = gram(x) if rows is x and n <= m else rows @ x.T  # gram pays if n <= m
+        products = gram(x) if rows is x and n <= m else rows @ x.T  # n > m: G + G^T costs more
         same = sample_of_row[:, None] == sample
         scores = (similarity(products) / temperature).masked_fill_(same, -math.inf)
         return scores.logsumexp(1)
@@ -281,7 +273,7 @@ def log_sum_exp(x, n_samples, temperature, similarity=torch.positive):
 def nt_xent(za, zb, temperature, negatives, similarity=torch.positive, dcl=False):
     """Pulls positives (z_i, z'_i) together, pushes negatives apart; averages over 2N anchors."""
     # mean over anchors i of -p_i / tau + log([exp(p_i / tau)] + sum_j exp(s(z_i . z_j) / tau)),
-    # p_i = s(z_i . z'_i), j over the negatives of i; DCL leaves out [...]
+    # p_i = s(z_i . z'_i), j over the negatives of i; DCL leaves out the bracket
     if negatives not in ("both", "own"):
         raise ValueError(f"negatives must be 'both' or 'own', not {negatives!r}")
     views = [torch.cat((za, zb))] if negatives == "both" else [za, zb]
@@ -294,7 +286,7 @@ def nt_xent(za, zb, temperature, negatives, similarity=torch.positive, dcl=False
 
 @criterion
 def simclr(za, zb, temperature=0.2, negatives="both"):
-    """SimCLR (arXiv 2002.05709). Negatives are of "both" views or, as in this paper, the "own"."""
+    """SimCLR (arXiv 2002.05709). Negatives: of "both" views, or of the anchor's "own" (Garrido)."""
     return nt_xent(F.normalize(za), F.normalize(zb), temperature, negatives)
 
 
@@ -353,18 +345,16 @@ def v_and_c_exp(x, temperature):
 @criterion
 def vicreg_exp(za, zb, invariance=25.0, variance=25.0, covariance=25.0, temperature=0.1):
     """VICReg --LogSumExp--> VICReg-exp, Eq 11: c's sum of squares becomes a log-sum-exp."""
-    va, ca = v_and_c_exp(center(za).T, temperature)
-    vb, cb = v_and_c_exp(center(zb).T, temperature)
-    return vicreg_terms(za, zb, va + vb, ca + cb, invariance, variance, covariance)
+    weights = invariance, variance, covariance
+    return vicreg_terms(za, zb, lambda z: v_and_c_exp(z.T, temperature), *weights)
 
 
 @criterion
 def vicreg_ctr(za, zb, invariance=25.0, variance=25.0, covariance=25.0, temperature=0.2):
     """VICReg-exp --transpose--> VICReg-ctr, Eq 13: v and c_exp of K^T, with dimensions centered."""
-    # v now raises norms to sqrt(D - 1), and C has the cosines of embeddings with that norm
-    va, ca = v_and_c_exp(center(za), temperature)
-    vb, cb = v_and_c_exp(center(zb), temperature)
-    return vicreg_terms(za, zb, va + vb, ca + cb, invariance, variance, covariance)
+    # v now raises norms to sqrt(D - 1); between embeddings of that norm, C_ij is the cosine
+    weights = invariance, variance, covariance
+    return vicreg_terms(za, zb, lambda z: v_and_c_exp(z, temperature), *weights)
 
 
 CHAIN = ("vicreg", "vicreg-exp", "vicreg-ctr", "simclr")
@@ -372,7 +362,7 @@ CHAIN = ("vicreg", "vicreg-exp", "vicreg-ctr", "simclr")
 
 @criterion
 def chain(za, zb, t=1.5):
-    """Between the chain's losses at their defaults: CHAIN[t] for t = 0, 1, 2, 3."""
+    """Interpolates between the chain's losses at their defaults: CHAIN[t] at t = 0, 1, 2, 3."""
     # sum_k max(0, 1 - |t - k|) loss_k,  loss_k = CHAIN[k]
     if not 0 <= t <= 3:
         raise ValueError(f"t must be in [0, 3], not {t}")
@@ -403,7 +393,7 @@ def diagnose(z):
     """Indicators of collapse of z (N, D), and both sides of theorem 3.3, as 0-d float64 tensors.
 
     negative_mean and negative_variance are over cosines of different samples: ideally 0 and 1 / D
-    (Prop 3.1). Where z is not finite, what cannot be computed is nan.
+    (Prop 3.1). If z is not finite, the affected values are nan or inf.
     """
     z = z.cpu().double() if z.device.type == "mps" else z.double()  # MPS has no float64
     N, D = z.shape
@@ -421,7 +411,7 @@ def gather(z):
     """Stacks the rows of all W processes by rank, (N / W, D) -> (N, D); without a group, returns z.
 
     All processes need equally many rows (drop_last=True). Each computes the loss of the whole
-    batch; gradients are summed over processes, so that DDP's average is that of the whole batch.
+    batch; the stacked rows' gradients are summed over processes, for DDP to average.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return z
