@@ -259,9 +259,9 @@ def log_sum_exp(x, n_samples, temperature, similarity=torch.positive):
 
     def of_rows(rows, sample_of_row):
         products = gram(x) if rows is x and n <= m else rows @ x.T  # n > m: G + G^T costs more
-        same = sample_of_row[:, None] == sample
-        scores = (similarity(products) / temperature).masked_fill_(same, -math.inf)
-        return scores.logsumexp(1)
+        scores = similarity(products) / temperature
+        scores.detach().masked_fill_(sample_of_row[:, None] == sample, -math.inf)
+        return scores.logsumexp(1)  # exp(-inf) = 0, so that these have no gradient either
 
     if n * n <= BLOCK:
         return of_rows(x, sample)
