@@ -26,7 +26,7 @@ def criterion(function):
     """Turns a function of (za, zb) that returns weighted terms into a loss listed in CRITERIA.
 
     It computes in float32 or float64, even under autocast. Raises ValueError unless both views are
-    (N, D), N > 1, D > 0. On a CPU, the loss (not .terms) does so too if not finite.
+    (N, D), N > 1, D > 0, and, on a CPU, if the loss (not .terms) is not finite.
     """
 
     @functools.wraps(function)
@@ -86,7 +86,7 @@ def diagonal_and_rest(x, y=None):
     """
     # ||X Y^T - diag(X Y^T)||_F^2 = <X^T X, Y^T Y>_F - sum_i (x_i . y_i)^2
     n, m = x.shape
-    if n <= 1.2 * m:  # just above n = m, the subtraction below would lose digits near an optimum
+    if n <= 1.2 * m:  # just above n = m, the rest can be near 0: subtraction loses digits
         products = gram(x) if y is None else x @ y.T
         return products.diagonal(), (products - products.diagonal().diag()).square().sum()
     gram_x = gram(x.T)
@@ -125,7 +125,7 @@ def corollary_3_4_1(z):
 
 def center(z):
     """Centers each dimension to mean 0."""
-    return z - z.sum(0) / len(z)
+    return z - z.sum(0) / len(z)  # cheaper backward than mean(0)
 
 
 def standardize(z, eps=1e-5):
@@ -147,8 +147,8 @@ def distance(za, zb):
 def squared_contrast(L, za, zb, invariance, repulsion):
     # lambda / N sum_i ||z_i - z'_i||^2 + nu / (2N) (L(K) + L(K'))
     za, zb = spread(za), spread(zb)
-    nu = repulsion / (2 * len(za))
-    return dict(invariance=invariance * distance(za, zb), repulsion=nu * (L(za) + L(zb)))
+    weight = repulsion / (2 * len(za))
+    return dict(invariance=invariance * distance(za, zb), repulsion=weight * (L(za) + L(zb)))
 
 
 # ---- Dimension-contrastive criteria (Prop 3.2) ---------------------------------------------------
@@ -160,7 +160,7 @@ def dimension_contrastive(za, zb, invariance=25.0, repulsion=1.0):
     return squared_contrast(L_nc, za, zb, invariance, repulsion)
 
 
-# With C = X X^T / (m - 1) for X (n, m): X = K with centered dimensions or, for VICReg-ctr, X = K^T.
+# C = X X^T / (m - 1) for X (n, m): X = K or, for VICReg-ctr, X = K^T, always of centered dimensions.
 
 
 def hinge(diagonal, eps=1e-4):
@@ -261,7 +261,7 @@ def log_sum_exp(x, n_samples, temperature, similarity=torch.positive):
         products = gram(x) if rows is x and n <= m else rows @ x.T  # n > m: G + G^T costs more
         scores = similarity(products) / temperature
         scores.detach().masked_fill_(sample_of_row[:, None] == sample, -math.inf)
-        return scores.logsumexp(1)  # exp(-inf) = 0, so that these have no gradient either
+        return scores.logsumexp(1)  # exp(-inf) = 0: the gradient is 0 there, too
 
     if n * n <= BLOCK:
         return of_rows(x, sample)
