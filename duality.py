@@ -160,7 +160,7 @@ def dimension_contrastive(za, zb, invariance=25.0, repulsion=1.0):
     return squared_contrast(L_nc, za, zb, invariance, repulsion)
 
 
-# C = X X^T / (m - 1) for X (n, m): X = K or, for VICReg-ctr, X = K^T, always of centered dimensions.
+# C = X X^T / (m - 1) for X (n, m): X = K or, for VICReg-ctr, X = K^T; dimensions are centered.
 
 
 def hinge(diagonal, eps=1e-4):
