@@ -8,6 +8,7 @@ python eval.py runs/* --plot runs.png               # the online probes' accurac
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
 import train
@@ -27,8 +29,8 @@ def parse_args(argv=None):
     add("runs", type=Path, nargs="+", metavar="RUN", help="a folder that train.py has written")
     add("--random-init", action="store_true", help="evaluate the encoder before its training")
     add("--data-dir", type=train.path, help="if the data are no longer where the run had them")
-    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="to compute on")
-    add("--workers", type=train.number(int, 0, 256), default=train.cores(), help="image readers")
+    add("--device", choices=train.devices(), default=train.devices()[0], help="to compute on")
+    add("--workers", type=train.number(int, 0, 256), default=os.cpu_count(), help="image readers")
     add("--epochs", type=train.number(int, 1, 1e6), default=100, help="of the linear probe")
     add("--k", type=train.number(int, 1, 1e6), default=10, help="nearest neighbors")
     add("--plot", type=Path, metavar="FILE", help="only draw a picture; needs matplotlib")
@@ -41,10 +43,11 @@ def parse_args(argv=None):
 
 
 @torch.no_grad()
-def extract(encoder, data, args, device):
+def extract(encoder, data, args):
     """Features (N, F), in float32, and labels (N,) of a set's images, not augmented."""
-    batches = tqdm(train.plain_batches(data, args, device), "features", leave=False, disable=None)
-    return torch.cat([encoder(images) for images, _ in batches]), data.labels.to(device)
+    batches = tqdm(train.plain_batches(data, args), "features", leave=False, disable=None)
+    pairs = [(encoder(normalize(images / 255, train.MEAN, train.STD)), y) for images, y in batches]
+    return [torch.cat(tensors) for tensors in zip(*pairs)]
 
 
 def linear_probe(train_x, train_y, test_x, test_y, classes, epochs=100, batch=1000, lr=0.03):
@@ -106,8 +109,7 @@ def embedding_statistics(projector, features, batch):
 
 
 def load(run):
-    saved = train.load_checkpoint(run / "checkpoint.pt")
-    return saved or sys.exit(f"{run}: no checkpoint.pt there; RUN is a folder of train.py's")
+    return train.load_checkpoint(run) or sys.exit(f"{run} is no run of train.py's")
 
 
 def evaluate(run, args):
@@ -116,20 +118,22 @@ def evaluate(run, args):
     saved = load(run)
     settings = argparse.Namespace(**saved["settings"])
     settings.data_dir = args.data_dir or settings.data_dir
-    settings.device, settings.workers, settings.precision = args.device, args.workers, "fp32"
-    device = train.start(settings)
-    *sets, classes = train.load(settings, device)
+    settings.device, settings.workers = args.device, args.workers
+    train.start(args.device, "fp32")
+    *sets, _ = train.load(settings)
     torch.manual_seed(settings.seed)
     model = train.Model(settings.arch, settings.image_size, settings.projector, settings.classes)
     if not args.random_init:
         model.load_state_dict(saved["states"]["model"])
-    model.to(device, memory_format=train.memory_format(device)).eval()
+    model.to(args.device, memory_format=train.memory_format(args.device)).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    features = [x for data in sets for x in extract(model.encoder, data, settings, device)]
+    features = [x for data in sets for x in extract(model.encoder, data, settings)]
     test_x = features[2]
     found = dict(criterion=settings.criterion, steps=0 if args.random_init else saved["step"])
-    found["linear_top1"], found["linear_top5"] = linear_probe(*features, len(classes), args.epochs)
-    found.update(knn_top1=knn(*features, len(classes), args.k), k=args.k)
+    found["linear_top1"], found["linear_top5"] = linear_probe(
+        *features, settings.classes, args.epochs
+    )
+    found.update(knn_top1=knn(*features, settings.classes, args.k), k=args.k)
     found.update(features=test_x.shape[1], rankme=diagnose(test_x)["rankme"].item())
     found.update(embedding_statistics(model.projector, test_x, settings.batch_size))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -138,20 +142,17 @@ def evaluate(run, args):
 
 def plot(runs, file):
     """Draws the online probe's test accuracy over steps, and eval.py's linear probe as a star."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        sys.exit("--plot needs matplotlib: pip install matplotlib")
+    from matplotlib.figure import Figure
+
     figure = Figure((6, 4), layout="constrained")
     axes = figure.subplots()
     for run in runs:
-        steps = load(run)["step"]
-        log = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+        log = load(run)["log"]
         points = [(line["step"] + 1, line["probe_test"]) for line in log if "probe_test" in line]
         (curve,) = axes.plot(*torch.tensor(points).reshape(-1, 2).T, ".-", label=run.name)
         if (run / "eval.json").exists():
             top1 = json.loads((run / "eval.json").read_text())["linear_top1"]
-            axes.plot(steps, top1, "*", color=curve.get_color(), markersize=12)
+            axes.plot(log[-1]["step"] + 1, top1, "*", color=curve.get_color(), markersize=12)
     axes.set(xlabel="steps", ylabel="test top-1 (%): dots online, stars offline")
     axes.legend()
     figure.savefig(file, dpi=150)
@@ -173,5 +174,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError) as error:  # ValueError: of a picture's format or a damaged log
+    except (ImportError, OSError, ValueError) as error:  # the latter of an unknown picture format
         sys.exit(f"eval.py: {str(error).strip().splitlines()[-1]}")
