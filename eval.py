@@ -8,9 +8,7 @@ python eval.py runs/* --plot runs.png               # the online probes' accurac
 import argparse
 import json
 import math
-import os
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -30,12 +28,9 @@ def parse_args(argv=None):
     add("--random-init", action="store_true", help="evaluate the encoder before its training")
     add("--data-dir", type=train.path, help="if the data are no longer where the run had them")
     add("--device", choices=train.devices(), default=train.devices()[0], help="to compute on")
-    add("--workers", type=train.number(int, 0, 256), default=os.cpu_count(), help="image readers")
     add("--epochs", type=train.number(int, 1, 1e6), default=100, help="of the linear probe")
     add("--k", type=train.number(int, 1, 1e6), default=10, help="nearest neighbors")
     add("--plot", type=Path, metavar="FILE", help="only draw a picture; needs matplotlib")
-    if train.WORLD > 1:
-        parser.error("evaluate in one process, without torchrun")
     return parser.parse_args(argv)
 
 
@@ -108,17 +103,12 @@ def embedding_statistics(projector, features, batch):
 # ---- Runs ----------------------------------------------------------------------------------------
 
 
-def load(run):
-    return train.load_checkpoint(run) or sys.exit(f"{run} is no run of train.py's")
-
-
 def evaluate(run, args):
     """The table, a dict. The network is asserted to be bit-identical afterwards."""
-    began = time.time()
-    saved = load(run)
+    saved = train.load_checkpoint(run) or sys.exit(f"{run} is no folder of a run")
     settings = argparse.Namespace(**saved["settings"])
     settings.data_dir = args.data_dir or settings.data_dir
-    settings.device, settings.workers = args.device, args.workers
+    settings.device = args.device
     train.start(args.device, "fp32")
     *sets, _ = train.load(settings)
     torch.manual_seed(settings.seed)
@@ -129,15 +119,14 @@ def evaluate(run, args):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     features = [x for data in sets for x in extract(model.encoder, data, settings)]
     test_x = features[2]
+    top1, top5 = linear_probe(*features, settings.classes, args.epochs)
     found = dict(criterion=settings.criterion, steps=0 if args.random_init else saved["step"])
-    found["linear_top1"], found["linear_top5"] = linear_probe(
-        *features, settings.classes, args.epochs
-    )
+    found.update(linear_top1=top1, linear_top5=top5)
     found.update(knn_top1=knn(*features, settings.classes, args.k), k=args.k)
     found.update(features=test_x.shape[1], rankme=diagnose(test_x)["rankme"].item())
     found.update(embedding_statistics(model.projector, test_x, settings.batch_size))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    return dict(found, seconds=time.time() - began)
+    return found
 
 
 def plot(runs, file):
@@ -147,7 +136,7 @@ def plot(runs, file):
     figure = Figure((6, 4), layout="constrained")
     axes = figure.subplots()
     for run in runs:
-        log = load(run)["log"]
+        log = [json.loads(line) for line in open(run / "log.jsonl")]
         points = [(line["step"] + 1, line["probe_test"]) for line in log if "probe_test" in line]
         (curve,) = axes.plot(*torch.tensor(points).reshape(-1, 2).T, ".-", label=run.name)
         if (run / "eval.json").exists():

@@ -741,13 +741,6 @@ def test_gather_is_one_process_with_the_whole_batch(tmp_path):
 
 HERE, CPU = Path(train.__file__).parent, torch.device("cpu")
 MEAN, STD = (torch.tensor(values)[:, None, None] for values in (train.MEAN, train.STD))
-DRAWS = (
-    "area aspect top left flip jitter brightness contrast saturation hue grey blur sigma solarize"
-)
-# with these draws and this recipe, nothing happens
-NEUTRAL = dict.fromkeys(DRAWS.split(), 1) | dict(top=0, left=0, jitter=0)
-NEUTRAL |= dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.5)
-RECIPE = dict.fromkeys(train.VIEWS, 1)
 
 
 def pictures(n=4, height=32, width=32):
@@ -758,158 +751,68 @@ def pictures(n=4, height=32, width=32):
     return images
 
 
-def transformed(images, size, **draws):
-    """The views in [0, 1] of images with these draws, the others neutral."""
-    draws = NEUTRAL | draws
-    columns = [torch.as_tensor(draws[name]).float().expand(len(images)) for name in DRAWS.split()]
-    return train.augment(images, torch.stack(columns, 1), RECIPE, size) * STD + MEAN
-
-
 def assert_close(found, expected, atol=0.0, rtol=0.0):
     torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
 
 
-OPERATIONS = {  # values, the draws that give a value, torchvision's function
-    "brightness": ((0.6, 1.0, 1.4, 1.9), dict(brightness=lambda v: v / 2), TF.adjust_brightness),
-    "contrast": ((0.6, 1.0, 1.4, 0.1), dict(contrast=lambda v: v / 2), TF.adjust_contrast),
-    "saturation": ((0.6, 1.0, 1.4, 2.0), dict(saturation=lambda v: v / 2), TF.adjust_saturation),
-    "hue": ((-0.5, -0.1, 0.07, 0.5), dict(hue=lambda v: (v + 1) / 2), TF.adjust_hue),
-    "flip": ((1, 0, 1, 0), dict(flip=lambda on: 1 - on), lambda x, on: TF.hflip(x) if on else x),
-    "grey": (
-        (1, 0, 1, 0),
-        dict(grey=lambda on: 1 - on),
-        lambda x, on: TF.rgb_to_grayscale(x, 3) if on else x,
-    ),
-    "solarize": (
-        (1, 0, 1, 0),
-        dict(solarize=lambda on: 1 - on),
-        lambda x, on: TF.solarize(x, 0.5) if on else x,
-    ),
-    "blur": (
-        (0.1, 0.5, 1, 2),
-        dict(blur=lambda v: 0, sigma=lambda v: (v - 0.1) / 1.9),
-        lambda x, v: TF.gaussian_blur(x, len(x[0]) // 20 * 2 + 1, v),
-    ),
+def plain_box(area, aspect, top, left, least, height, width):
+    """A crop's top, left, height and width, by uniform draws."""
+    area = (least + (1 - least) * area) * height * width
+    ratio = (4 / 3) ** (2 * aspect - 1) if least < 1 else 1
+    h = min(max(1, round((area / ratio) ** 0.5)), height)
+    w = min(max(1, round((area * ratio) ** 0.5)), width)
+    return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
+
+
+def plain_view(image, draws, recipe, size):
+    """A view, by torchvision's functions of one image."""
+    *box, flip, jitter, brightness, contrast, saturation, hue, grey, blur, sigma, solarize = draws
+    box = plain_box(*box, recipe["crop"], *image.shape[1:])
+    x = TF.resized_crop(image / 255, *box, [size, size], antialias=True)
+    x = TF.hflip(x) if flip < recipe["flip"] else x
+    if jitter < recipe["jitter"]:
+        x = TF.adjust_brightness(x, 1 + recipe["brightness"] * (2 * brightness - 1))
+        x = TF.adjust_contrast(x, 1 + recipe["contrast"] * (2 * contrast - 1))
+        x = TF.adjust_saturation(x, 1 + recipe["saturation"] * (2 * saturation - 1))
+        x = TF.adjust_hue(x, recipe["hue"] * (2 * hue - 1))
+    x = TF.rgb_to_grayscale(x, 3) if grey < recipe["grey"] else x
+    if blur < recipe["blur"]:
+        x = TF.gaussian_blur(x, 2 * max(1, size // 20) + 1, 0.1 + 1.9 * sigma)
+    return TF.solarize(x, 0.5) if solarize < recipe["solarize"] else x
+
+
+RECIPES = {
+    "nothing": {},
+    "crop": dict(crop=0.001),
+    "all": train.VIEWS | dict(blur=0.5, solarize=0.3),
 }
+RECIPES |= {name: {name: 0.6} for name in ("flip", "grey", "blur", "solarize")}
+strongest = dict(brightness=1.0, contrast=1.0, saturation=1.0, hue=0.5)
+RECIPES |= {name: {"jitter": 0.6, name: most} for name, most in strongest.items()}
 
 
-@pytest.mark.parametrize("size", [32, 64])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_operation_is_torchvisions(name, size):
-    images, (values, draws, function) = pictures(4, size, size), OPERATIONS[name]
-    expected = torch.stack([function(x, value) for x, value in zip(images / 255, values)])
-    draws = {draw: [f(value) for value in values] for draw, f in draws.items()}
-    assert_close(transformed(images, size, **draws), expected, 5e-6)
-
-
-CROPS = [((0, 0, 32, 32), 32, 32, 32), ((3, 5, 20, 17), 32, 32, 32), ((3, 5, 40, 17), 48, 40, 24)]
-CROPS += [((0, 0, 64, 48), 64, 48, 16), ((9, 2, 2, 3), 32, 32, 32), ((31, 0, 1, 1), 32, 32, 16)]
-
-
-@pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("box, height, width, size", CROPS)
-def test_crop_and_flip_are_torchvisions(box, height, width, size, flip):
-    images, (top, left, h, w) = pictures(2, height, width) / 255, box
-    expected = TF.resized_crop(images, *box, [size, size], antialias=True)
-    if flip:  # a flipped view has a negative width, from its right edge on
-        left, w, expected = left + w, -w, TF.hflip(expected)
-    rows, columns = (
-        train.resampling(
-            torch.full((1, 1, 1), 1.0 * start), torch.full((1, 1, 1), 1.0 * length), n, size
-        )
-        for start, length, n in ((top, h, height), (left, w, width))
-    )
-    assert_close(rows @ images @ columns.mT, expected, 5e-6)
-
-
-VALUES = "top height left width brightness contrast saturation hue grey sigma solarize".split()
-
-
-def drawn_values(n, **recipe):
-    """What augment draws for n images of 32 pixels, as seen by the functions that it calls."""
-    seen, grey_level = {name: [] for name in VALUES}, 100 / 255
-    turns = iter(["contrast", "saturation", "grey"])
-
-    def resampling(start, length, pixels, size):
-        for name, value in zip(
-            ("top", "height") if not seen["top"] else ("left", "width"), (start, length)
-        ):
-            seen[name].append(value)
-        return torch.ones(n, 1, pixels) / pixels
-
-    def lerp(x, y, weight):
-        name = next(turns)
-        if name == "contrast":
-            seen["brightness"].append(y[0] / grey_level)
-        seen[name].append(weight)
-        return 0 * (x + y) + grey_level
-
-    def turn_hue(x, turn):
-        seen["hue"].append(turn)
-        return x
-
-    def blurring(sigma, size):
-        seen["sigma"].append(sigma)
-        return torch.ones(n, 1, 1)
-
-    def minimum(x, y):
-        seen["solarize"].append((2 - x - y)[0].round())
-        return x
-
-    draws = torch.rand(n, 14, generator=torch.Generator().manual_seed(0))
-    images = torch.full((n, 3, 32, 32), 100, dtype=torch.uint8)
-    with pytest.MonkeyPatch.context() as patch:
-        for function in (resampling, turn_hue, blurring):
-            patch.setattr(train, function.__name__, function)
-        patch.setattr(torch, "lerp", lerp)
-        patch.setattr(torch, "minimum", minimum)
-        train.augment(images, draws, train.VIEWS | recipe, 1)
-    return {name: value.flatten() for name, (value,) in seen.items()}
-
-
-def test_views_are_drawn_by_the_recipe():
-    p = drawn_values(4000, blur=0.6, solarize=0.3)
-    neutral = dict(brightness=1, contrast=1, saturation=1)
-    share = {name: (p[name] - neutral.get(name, 0)).abs() > 1e-6 for name in VALUES[4:]}
-    share = {name: changed.double().mean() for name, changed in share.items()}
-    jittered = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.8)
-    assert share == pytest.approx(jittered | dict(grey=0.2, sigma=0.6, solarize=0.3), abs=0.03)
-    assert (p["width"] < 0).double().mean() == pytest.approx(0.5, abs=0.03)
-    ends = dict(brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.8, 1.2), hue=(-0.1, 0.1))
-    ends |= dict(grey=(0, 1), solarize=(0, 1), sigma=(0, 2))
-    assert p["sigma"][p["sigma"] > 0].min() == pytest.approx(0.1, abs=0.005)
-    for name, (low, high) in ends.items():
-        assert [p[name].min(), p[name].max()] == pytest.approx([low, high], abs=0.005)
-
-
-def test_every_value_of_every_sample_is_drawn_by_itself():
-    p, few = (drawn_values(n, blur=0.5, solarize=0.5) for n in (20_000, 3))
-    height, width = p["height"], p["width"].abs()
-    places = [p["top"] / (32 - height), (p["left"] + p["width"].clamp(max=0)) / (32 - width)]
-    columns = [height * width, height / width, *places, p["width"] < 0]
-    columns = torch.stack([*columns, *(p[name] for name in VALUES[4:])])
-    columns = columns[:, (height < 32) & (width < 32)]
-    assert off_diagonal(torch.corrcoef(columns)).abs().max() < 0.03
+@pytest.mark.parametrize("height, width, size", [(32, 32, 32), (48, 40, 24), (20, 36, 64)])
+@pytest.mark.parametrize("name", RECIPES)
+def test_views_are_torchvisions(name, height, width, size):
+    recipe = dict.fromkeys(train.VIEWS, 0) | dict(crop=1) | RECIPES[name]
+    images = pictures(60, height, width)
+    draws = torch.rand(60, 14, generator=torch.Generator().manual_seed(0))
+    found = train.augment(images, draws, recipe, size) * STD + MEAN
+    expected = [plain_view(*pair, recipe, size) for pair in zip(images, draws.tolist())]
+    assert_close(found, torch.stack(expected), 5e-6)
 
 
 @pytest.mark.parametrize("least", [0.08, 0.2])
 def test_crops_are_distributed_as_torchvisions(least):
-    n, image, get = 10_000, torch.empty(3, 32, 32), transforms.RandomResizedCrop.get_params
+    n, image, get = 10_000, torch.empty(3, 320, 320), transforms.RandomResizedCrop.get_params
     torch.manual_seed(0)
-    boxes = torch.tensor([get(image, (least, 1), (3 / 4, 4 / 3)) for _ in range(n)])
-    p = drawn_values(n, crop=least, flip=0, blur=1)
-    ours = torch.stack([p[name] for name in ("top", "left", "height", "width")], 1).long()
+    theirs = torch.tensor([get(image, (least, 1), (3 / 4, 4 / 3)) for _ in range(n)])
+    ours = torch.tensor([plain_box(*draws, least, 320, 320) for draws in torch.rand(n, 4).tolist()])
     # where a side would be longer than the image's, ours is cut, and 3/4 of the area remains
-    samples = [x[x[:, 2] * x[:, 3] < 0.74 * 32**2] for x in (boxes, ours)]
-    for pair in zip(*(x.T for x in samples)):
-        shares = [x.bincount(minlength=33).cumsum(0) / len(x) for x in pair]
+    samples = [boxes[boxes[:, 2] * boxes[:, 3] < 0.74 * 320**2] for boxes in (theirs, ours)]
+    for pair in zip(*(boxes.T for boxes in samples)):
+        shares = [side.bincount(minlength=321).cumsum(0) / len(side) for side in pair]
         assert (shares[0] - shares[1]).abs().max() < 0.03  # Kolmogorov-Smirnov
-
-
-def test_images_without_augmentation_are_themselves():
-    recipe = dict.fromkeys(train.VIEWS, 0) | dict(crop=1)
-    views = train.augment(pictures(), torch.rand(4, 14), recipe, 32)
-    assert_close(views * STD + MEAN, pictures() / 255, 1e-6)
 
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -1502,7 +1405,7 @@ def test_probes_are_softmax_regression_and_weighted_votes():
 def test_an_evaluation_is_its_plain_one(trained, command, out):
     train_here(f"{command} {SGD} --epochs 1 --seed 3")
     before, model = file_contents(out), untrained_model().eval()
-    line = f"{out} --device cpu --workers 0 --epochs 3 --k 7 {'' if trained else '--random-init'}"
+    line = f"{out} --device cpu --epochs 3 --k 7 {'' if trained else '--random-init'}"
     found = evaluation.evaluate(out, evaluation.parse_args(line.split()))
     assert file_contents(out) == before
     if trained:
@@ -1543,7 +1446,7 @@ def test_a_run_is_evaluated_elsewhere_and_plotted(command, images, tmp_path, out
     monkeypatch.chdir(images.parent)
     train_here(f"{command} --epochs 2 --data-dir {images.name} --out {os.path.relpath(out)}")
     monkeypatch.chdir(tmp_path)
-    evaluate_here("run --epochs 2 --workers 0", monkeypatch)
+    evaluate_here("run --epochs 2", monkeypatch)
     drawn, draw = [], matplotlib.axes.Axes.plot
 
     def plot(axes, x, y, style, **kwargs):

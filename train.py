@@ -400,8 +400,9 @@ def augment(images, draws, recipe, size):
     x = torch.lerp(luma(x), x, 1 + strength("saturation")).clamp(0, 1)
     x = turn_hue(x, strength("hue"))
     x = torch.lerp(x, luma(x), happens("grey"))
+    sigma = happens("blur") * (0.1 + 1.9 * next(draws))
     if recipe["blur"] > 0:
-        kernel = blurring(happens("blur") * (0.1 + 1.9 * next(draws)), size)
+        kernel = blurring(sigma, size)
         x = kernel @ x @ kernel.mT
     x = torch.minimum(x, 2 - happens("solarize") - x)  # if solarized, 1 - x where x > 1/2
     mean, std = x.new_tensor((MEAN, STD))[..., None, None, None]
