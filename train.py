@@ -607,7 +607,7 @@ class Run:
         for name, content in files.items():
             (self.out / "part").write_bytes(content)
             os.replace(self.out / "part", self.out / name)
-        self.step, self.saved_at, self.written = step, time.perf_counter(), self.time_written()
+        self.saved_at, self.written = time.perf_counter(), self.time_written()
 
 
 def serialized(content):
@@ -722,7 +722,9 @@ def main(argv=None):
     try:
         train(args, run, train_set, test_set)
     except KeyboardInterrupt:
-        sys.exit(f"stopped; the same command goes on from step {run.step}" if RANK == 0 else 1)
+        if RANK == 0:
+            say(f"stopped; the same command goes on from step {load_checkpoint(run.out)['step']}")
+        sys.exit(1)
 
 
 if __name__ == "__main__":
