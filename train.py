@@ -40,15 +40,15 @@ DATASETS = {
     "folder": dict(arch="resnet18", epochs=100, image_size=224),
     "shapes": dict(arch="small", epochs=12, image_size=32),
 }
-SMALL = dict(projector="512-512-512", batch_size=128, optimizer="adamw", grow=0.6)
-RESNET = dict(projector="2048-2048-2048", batch_size=256, optimizer="lars", grow=0.0)
+SMALL_DEFAULTS = dict(projector="512-512-512", batch_size=128, optimizer="adamw", grow=0.6)
+RESNET_DEFAULTS = dict(projector="2048-2048-2048", batch_size=256, optimizer="lars", grow=0.0)
 OPTIMIZERS = {
     "lars": dict(lr=0.1, weight_decay=1e-4),
     "sgd": dict(lr=0.1, weight_decay=1e-4),
     "adamw": dict(lr=2e-3, weight_decay=1e-2),
 }
 ARCHS = ["small", *torchvision.models.list_models(torchvision.models, include="*resne[tx]*")]
-# the augmentation: least area of a crop, then probabilities and, of the jitter, strengths
+# the augmentation: least area of a crop, the jitter's strengths, and probabilities
 VIEWS = dict(crop=0.2, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
 VIEWS |= dict(grey=0.2, blur=0.0, solarize=0.0)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue
@@ -73,7 +73,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("train.py", "%(prog)s [options]", text, add_help=False)
     parser.formatter_class = HelpFormatter
     pairs = dict(nargs="+", action="extend", default=[], metavar="NAME=VALUE")
-    share, positive, most = number(float, 0, 1), number(float, 0, 1e9), 1e6
+    share, nonnegative = number(float, 0, 1), number(float, 0, 1e9)
 
     add = parser.add_argument_group("criterion and data").add_argument
     add("--criterion", choices=CRITERIA, default="vicreg", help="a loss of duality.py")
@@ -87,11 +87,11 @@ def parse_args(argv=None):
     add = parser.add_argument_group("model and optimization").add_argument
     add("--arch", choices=ARCHS, metavar="NAME", help="small, or one of torchvision's ResNets")
     add("--projector", type=widths, metavar="N-N-N", help="widths of the projector's layers")
-    add("--epochs", type=number(int, 1, most), help="passes over the data")
-    add("--batch-size", type=number(int, 2, most), help="of all processes together")
+    add("--epochs", type=number(int, 1, 10**6), help="passes over the data")
+    add("--batch-size", type=number(int, 2, 10**6), help="of all processes together")
     add("--optimizer", choices=OPTIMIZERS, help="of encoder and projector")
-    add("--lr", type=positive, help="times batch size / 256, except with adamw")
-    add("--weight-decay", type=positive, help="of weights, not of biases and norms")
+    add("--lr", type=nonnegative, help="times batch size / 256, except with adamw")
+    add("--weight-decay", type=nonnegative, help="of weights, not of biases and norms")
     add("--warmup", type=share, default=0.05, help="share of steps in which the rate rises")
     add("--grow", type=share, help="share of steps, from the first, at 5/8 of the image size")
 
@@ -100,12 +100,13 @@ def parse_args(argv=None):
     add("--precision", choices=["bf16", "fp16", "fp32"], help="of the network; the loss has fp32")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random")
     add("--out", type=path, help="the run's folder")
-    add("--save-every", type=positive, default=120, help="seconds between checkpoints")
+    add("--save-every", type=nonnegative, default=120, help="seconds between checkpoints")
     add("--compile", action="store_true", help="torch.compile network, criterion and views")
 
+    # parse twice: the first pass only finds what the defaults depend on
     chosen, _ = parser.parse_known_args(argv)
     defaults = DATASETS[chosen.dataset] | dict(out=f"runs/{chosen.dataset}-{chosen.criterion}")
-    defaults |= SMALL if (chosen.arch or defaults["arch"]) == "small" else RESNET
+    defaults |= SMALL_DEFAULTS if (chosen.arch or defaults["arch"]) == "small" else RESNET_DEFAULTS
     defaults |= OPTIMIZERS[chosen.optimizer or defaults["optimizer"]]
     parser.set_defaults(**defaults, precision=fastest_precision(chosen.device))
     add("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this and exit")
@@ -119,7 +120,7 @@ def number(kind, least, most):
 
     def parse(text):
         if not least <= kind(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not between {least:g} and {most:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
         return kind(text)
 
     parse.__name__ = kind.__name__  # for argparse's messages
@@ -146,7 +147,7 @@ def check(args, parser):
         args.views = keywords(args.views, VIEWS)
         CRITERIA[args.criterion](*torch.randn(2, args.batch_size, args.projector[-1]), **args.set)
     except (ArithmeticError, RuntimeError, ValueError) as error:
-        parser.error(f"{args.criterion}: {error}")
+        parser.error(str(error))
     if not all(0 <= value <= 1 for value in args.views.values()):
         parser.error("a value of --views is not between 0 and 1")
 
@@ -157,7 +158,7 @@ def keywords(pairs, defaults):
     for name, _, text in (pair.partition("=") for pair in pairs):
         try:
             kind = type(defaults[name])
-            found[name] = ["False", "True"].index(text) == 1 if kind is bool else kind(text)
+            found[name] = {"True": True, "False": False}[text] if kind is bool else kind(text)
         except (KeyError, ValueError):
             choices = ", ".join(f"{name}={default!r}" for name, default in defaults.items())
             raise ValueError(f"{name}={text}: choose from {choices}") from None
@@ -170,8 +171,7 @@ def keywords(pairs, defaults):
 def devices():
     """The kinds of devices here, the fastest first."""
     mps = torch.backends.mps.is_available() and WORLD == 1  # gloo and NCCL send no MPS tensors
-    available = dict(cuda=torch.cuda.is_available(), mps=mps, cpu=True)
-    return [kind for kind in available if available[kind]]
+    return ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
 
 
 def fastest_precision(device):
@@ -202,20 +202,20 @@ def memory_format(device):
     return torch.contiguous_format if device == "mps" else torch.channels_last
 
 
-def average(tensor):
-    """The mean of all processes' tensors."""
+def total(tensor):
+    """The sum of all processes' tensors."""
     if WORLD > 1:
         dist.all_reduce(tensor)
-    return tensor / WORLD
+    return tensor
 
 
 def say(message):
     if RANK == 0:
-        print(message, file=sys.stderr)
+        tqdm.write(message, sys.stderr)  # above the progress bar
 
 
 def generator(device, *key):
-    """A random generator that depends on nothing but its key, some integers."""
+    """A random generator that depends on its key alone, integers."""
     return torch.Generator(device).manual_seed(hash(key) % 2**63)
 
 
@@ -223,8 +223,8 @@ def generator(device, *key):
 
 
 class Crops(Dataset):
-    """Of image i, crops[i, seed] is two random crops, (2, 3, S, S), or without a seed the central
-    one, (3, S, S), all uint8, and its label."""
+    """Item (i, seed) is two random crops of image i, (2, 3, S, S), and item (i, None) its central
+    crop, (3, S, S), both uint8, with the label."""
 
     def __init__(self, dataset, size, least_area):
         self.dataset = dataset
@@ -280,28 +280,24 @@ def shapes(n, seed, size=32):
     return (F.avg_pool2d(images.clamp(0, 1), 2) * 255).round().byte(), labels
 
 
-def pictures(args):
-    """The training set and the test set, of PIL images."""
-    root = Path(args.data_dir)
-    if args.dataset.startswith("cifar"):
-        kind = getattr(torchvision.datasets, args.dataset.upper())
-        return [kind(root, train, download=True) for train in (True, False)]
-    parts = "train", "val" if (root / "val").is_dir() else "test"
-    read = partial(read_image, size=args.image_size)
-    return [ImageFolder(root / part, loader=read) for part in parts]
-
-
 def load(args):
     """Training set, test set, and the names of the classes."""
-    size = args.image_size
+    size, root = args.image_size, Path(args.data_dir)
     if args.dataset == "shapes":
-        sets = [TensorDataset(*shapes(5000, 0, size)), TensorDataset(*shapes(2000, 1, size))]
-        return *sets, range(1, 9)
+        return hold(*shapes(5000, 0, size), args), hold(*shapes(2000, 1, size), args), range(1, 9)
+    cifar = args.dataset.startswith("cifar")
     try:
-        sets = pictures(args)
+        if cifar:
+            kind = getattr(torchvision.datasets, args.dataset.upper())
+            sets = [kind(root, train, download=True) for train in (True, False)]
+        else:
+            test = "val" if (root / "val").is_dir() else "test"
+            read = partial(read_image, size=size)
+            sets = [ImageFolder(root / part, loader=read) for part in ("train", test)]
     except Exception as error:
-        needed = "its archive" if args.dataset.startswith("cifar") else "train/CLASS/IMAGE, val/..."
-        sys.exit(f"{args.dataset}: {str(error).splitlines()[0]}; --data-dir DIR has {needed}")
+        reason = (str(error) or repr(error)).splitlines()[0]
+        needed = "its archive" if cifar else "train/CLASS/IMAGE, and the same in val or test"
+        sys.exit(f"{args.dataset}: {reason}; --data-dir DIR has {needed}")
     classes = sets[0].classes
     for name in set(classes) ^ set(sets[1].classes):
         sys.exit(f"class {name} is not in both {sets[0].root} and {sets[1].root}")
@@ -309,21 +305,24 @@ def load(args):
     if sum(map(len, sets)) * 3 * size**2 <= RESIDENT_BYTES:
         for i, crops in enumerate(sets):
             batches = tqdm(plain_batches(crops, args), "reading images", leave=False, disable=None)
-            images, labels = zip(*batches)
-            sets[i] = TensorDataset(torch.cat(images), torch.cat(labels))
+            sets[i] = hold(*map(torch.cat, zip(*batches)), args)
     return *sets, classes
+
+
+def hold(images, labels, args):
+    return TensorDataset(images.to(args.device), labels.to(args.device))
 
 
 def fetch(data, batches, args):
     """Yields the images and labels of each batch, (indices, seed), on the device."""
     if isinstance(data, TensorDataset):
-        loader = (data[indices] for indices, _ in batches)
-    else:
-        keys = ([(i, seed) for i in indices.tolist()] for indices, seed in batches)
-        options = dict(num_workers=args.workers, pin_memory=args.device == "cuda")
-        loader = DataLoader(data, batch_sampler=keys, **options)
+        yield from (data[indices.to(args.device)] for indices, _ in batches)
+        return
+    keys = ([(i, seed) for i in indices.tolist()] for indices, seed in batches)
+    cuda = args.device == "cuda"
+    loader = DataLoader(data, batch_sampler=keys, num_workers=args.workers, pin_memory=cuda)
     for images, labels in loader:
-        yield images.to(args.device, non_blocking=True), labels.to(args.device, non_blocking=True)
+        yield images.to(args.device, non_blocking=cuda), labels.to(args.device, non_blocking=cuda)
 
 
 def plain_batches(data, args, rank=0, world=1):
@@ -339,7 +338,7 @@ def training_batches(data, args, first, steps):
     """
     size = args.batch_size
     per_epoch = len(data) // size
-    recipe = dict(args.views, crop=1) if isinstance(data, Crops) else args.views  # cropped before
+    recipe = dict(args.views, crop=1) if isinstance(data, Crops) else args.views  # crops just once
     operations = torch.compile(augment, dynamic=False) if args.compile else augment
 
     def batches():
@@ -350,15 +349,16 @@ def training_batches(data, args, first, steps):
             yield order[i * size : (i + 1) * size].chunk(WORLD)[RANK], hash((args.seed, step))
 
     for step, (images, labels) in enumerate(fetch(data, batches(), args), first):
-        pixels = args.image_size
-        if step < args.grow * steps:
-            pixels = max(8, pixels * 5 // 8)
+        grown = step >= args.grow * steps
+        side = args.image_size if grown else max(8, args.image_size * 5 // 8)
         pair = (images, images) if images.ndim == 4 else images.unbind(1)
-        draw = generator(args.device, args.seed, step, 0)
+        draw = generator(
+            args.device, args.seed, step, 0
+        )  # 0: not the generator of an epoch's order
         draws = torch.rand(2, WORLD, len(labels), 14, generator=draw, device=args.device)
         chunk = 64 if args.device == "cpu" else 2 * len(labels)  # fits in a core's cache
         chunks = zip(torch.cat(pair).split(chunk), draws[:, RANK].flatten(0, 1).split(chunk))
-        views = torch.cat([operations(*each, recipe, pixels) for each in chunks])
+        views = torch.cat([operations(*each, recipe, side) for each in chunks])
         yield views.to(memory_format=memory_format(args.device)), labels
 
 
@@ -405,8 +405,7 @@ def augment(images, draws, recipe, size):
         kernel = blurring(sigma, size)
         x = kernel @ x @ kernel.mT
     x = torch.minimum(x, 2 - happens("solarize") - x)  # if solarized, 1 - x where x > 1/2
-    mean, std = x.new_tensor((MEAN, STD))[..., None, None, None]
-    return ((x - mean) / std).transpose(0, 1)
+    return torch.stack([(plane - mean) / std for plane, mean, std in zip(x, MEAN, STD)], 1)
 
 
 def resampling(start, length, pixels, size):
@@ -450,7 +449,7 @@ def blurring(sigma, size):
     radius = max(1, size // 20)
     t = torch.arange(-radius, radius + 1, device=sigma.device)
     weights = (-0.5 * (t / sigma.clamp(min=1e-3)) ** 2).softmax(-1)  # (B, 1, 2 radius + 1)
-    # pixels[j, i, t] is 1 if pixel i + t, reflected at the edges, is pixel j
+    # pixels[j, i, t] is 1 if pixel i + t - radius, reflected at the edges, is pixel j
     pixels = torch.eye(size, device=sigma.device)[None]
     pixels = F.pad(pixels, (radius, radius), "reflect")[0].unfold(1, 2 * radius + 1, 1)
     return torch.einsum("bot,jit->bij", weights, pixels)
@@ -568,7 +567,8 @@ class Run:
         self.out = Path(args.out)
         self.settings = vars(args)
         self.parts = parts  # by name, all that has a state
-        self.saved_at, self.written = time.perf_counter(), self.time_written()
+        self.saved_at = time.perf_counter()
+        self.written = self.time_written()
         saved = [load_checkpoint(self.out) if RANK == 0 else None]
         if WORLD > 1:
             dist.broadcast_object_list(saved)
@@ -578,7 +578,7 @@ class Run:
             old = saved["settings"].get(name)
             if old != value and name not in MAY_CHANGE:
                 sys.exit(f"{self.out} has a run with {name} {old}, not {value}: name another --out")
-        if 0 < self.step and saved["settings"]["epochs"] < args.epochs:
+        if self.step > 0 and saved["settings"]["epochs"] < args.epochs:
             say("more --epochs: the learning rate rises again to that of the longer run")
         for name, state in saved["states"].items():
             parts[name].load_state_dict(state)
@@ -607,7 +607,8 @@ class Run:
         for name, content in files.items():
             (self.out / "part").write_bytes(content)
             os.replace(self.out / "part", self.out / name)
-        self.saved_at, self.written = time.perf_counter(), self.time_written()
+        self.saved_at = time.perf_counter()
+        self.written = self.time_written()
 
 
 def serialized(content):
@@ -639,7 +640,7 @@ def probe_accuracy(model, data, args):
             _, logits = model(normalize(images / 255, MEAN, STD))
         right += (logits.argmax(1) == labels).sum()
     model.train()
-    return 100 * WORLD * average(right).item() / len(data)
+    return 100 * total(right).item() / len(data)
 
 
 def train(args, run, train_set, test_set):
@@ -654,7 +655,7 @@ def train(args, run, train_set, test_set):
     steps = args.epochs * per_epoch
     batches = training_batches(train_set, args, run.step, steps)
     bar = tqdm(total=steps, initial=run.step, unit="step", disable=RANK > 0)
-    rows, shown, began = [], {}, time.perf_counter()
+    began, logged = time.perf_counter(), run.step
     for step, (views, labels) in enumerate(batches, run.step):
         lr = optimizer.defaults["lr"] * schedule(step, steps, args.warmup)
         for group in optimizer.param_groups:
@@ -672,27 +673,29 @@ def train(args, run, train_set, test_set):
             each.zero_grad()
         scaler.update()
 
-        top1 = 100 * (logits.argmax(1) == labels).float().mean()
-        rows.append(torch.stack([*terms.values(), loss, top1]).detach())
         bar.update()
-        epoch_ends = (step + 1) % per_epoch == 0
-        if epoch_ends or (step + 1) % 20 == 0:  # only here does the host wait for the device
-            means = average(torch.stack(rows).mean(0)).tolist()
-            record = dict(zip([*terms, "loss", "probe_train"], means), step=step, lr=lr)
-            record["samples_per_s"] = len(rows) * args.batch_size / (time.perf_counter() - began)
+        done = step + 1
+        epoch_ends = done % per_epoch == 0
+        if done % 20 == 0 or epoch_ends:  # only here does the host wait for the device
+            top1 = 100 * (logits.argmax(1) == labels).float().mean()
+            values = total(torch.stack([*terms.values(), loss, top1]).detach()) / WORLD
+            record = dict(zip([*terms, "loss", "probe_train"], values.tolist()), step=done, lr=lr)
+            seconds = time.perf_counter() - began
+            record["samples_per_s"] = (done - logged) * args.batch_size / seconds
             if epoch_ends:
                 record |= {name: value.item() for name, value in diagnose(za.detach()).items()}
                 record["probe_test"] = probe_accuracy(model, test_set, args)
+                say(f"epoch {done // per_epoch}: test accuracy {record['probe_test']:.1f} %")
             if not math.isfinite(record["loss"]):
-                sys.exit(f"not finite at step {step}: {record}; {run.out} keeps its checkpoint")
+                sys.exit(f"not finite: {record}; {run.out} keeps its checkpoint")
             run.log.append(record)
-            names = "loss", "probe_train", "probe_test", "samples_per_s"
-            shown |= {name: f"{record[name]:.4g}" for name in names if name in record}
-            bar.set_postfix(shown)
-            rows, began = [], time.perf_counter()
+            bar.set_postfix(
+                {name: record[name] for name in ("loss", "probe_train", "samples_per_s")}
+            )
+            began, logged = time.perf_counter(), done
         overdue = time.perf_counter() - run.saved_at > args.save_every
-        if RANK == 0 and (overdue or step + 1 == steps):
-            run.save(step + 1)
+        if RANK == 0 and (overdue or done == steps):
+            run.save(done)
     bar.close()
     say(f"next: python eval.py {run.out}")
 
