@@ -257,27 +257,22 @@ def read_image(file, size):
 
 def shapes(n, seed, size=32):
     """Drawn images, uint8 (n, 3, size, size), of flowers with 1 to 8 petals, and labels (n,)."""
-    draw = generator("cpu", seed)
+    draw = partial(torch.rand, generator=generator("cpu", seed))
     labels = torch.arange(n) % 8
-    axis = (torch.arange(2 * size) + 0.5) / size - 1  # at twice the resolution
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-
-    def uniform(low, high, channels=1):
-        return low + (high - low) * torch.rand(n, channels, 1, 1, generator=draw)
-
-    def texture(low, high):
-        angle = uniform(0, math.pi)
-        waves = (uniform(2, 15) * (angle.cos() * x + angle.sin() * y)).sin()
-        return uniform(low, high, 3) + uniform(-0.2, 0.2, 3) * waves
-
-    # the flower is repeated twice in each direction, so that most crops show it
-    u = (x + uniform(0, 1)) % 1 - 0.5
-    v = (y + uniform(0, 1)) % 1 - 0.5
     petals = 1 + labels.view(n, 1, 1, 1)
-    edge = uniform(0.25, 0.35) * (1 + 0.5 * (petals * torch.atan2(v, u) + uniform(0, 7)).sin())
-    images = torch.where(u.hypot(v) < edge, texture(0.5, 1), texture(0, 0.5))
-    images = torch.where(uniform(0, 1) < 0.5, images, 1 - images)
-    return (F.avg_pool2d(images.clamp(0, 1), 2) * 255).round().byte(), labels
+    left, top, radius, phase, angle, frequency, inverted = draw(7, n, 1, 1, 1)
+    axis = torch.linspace(-1, 1, size)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    # the flower is repeated twice in each direction, so that most crops show it
+    u = (x + left) % 1 - 0.5
+    v = (y + top) % 1 - 0.5
+    edge = (0.25 + 0.1 * radius) * (1 + 0.5 * (petals * torch.atan2(v, u) + 7 * phase).sin())
+    flower = (size * (edge - u.hypot(v))).sigmoid()
+    waves = ((2 + 13 * frequency) * ((4 * angle).cos() * x + (4 * angle).sin() * y)).sin()
+    dark, light, contrast = draw(3, n, 3, 1, 1)
+    images = torch.lerp(dark / 2, light / 2 + 0.5, flower) + (contrast - 0.5) * waves / 2.5
+    images = torch.where(inverted < 0.5, images, 1 - images)
+    return (images.clamp(0, 1) * 255).byte(), labels
 
 
 def load(args):
@@ -680,8 +675,8 @@ def train(args, run, train_set, test_set):
             top1 = 100 * (logits.argmax(1) == labels).float().mean()
             values = total(torch.stack([*terms.values(), loss, top1]).detach()) / WORLD
             record = dict(zip([*terms, "loss", "probe_train"], values.tolist()), step=done, lr=lr)
-            seconds = time.perf_counter() - began
-            record["samples_per_s"] = (done - logged) * args.batch_size / seconds
+            speed = (done - logged) * args.batch_size / (time.perf_counter() - began)
+            record["samples_per_s"] = speed
             if epoch_ends:
                 record |= {name: value.item() for name, value in diagnose(za.detach()).items()}
                 record["probe_test"] = probe_accuracy(model, test_set, args)
@@ -689,9 +684,7 @@ def train(args, run, train_set, test_set):
             if not math.isfinite(record["loss"]):
                 sys.exit(f"not finite: {record}; {run.out} keeps its checkpoint")
             run.log.append(record)
-            bar.set_postfix(
-                {name: record[name] for name in ("loss", "probe_train", "samples_per_s")}
-            )
+            bar.set_postfix_str(f"loss {loss:.4g}, probe {top1:.1f} %, {speed:.0f} samples/s")
             began, logged = time.perf_counter(), done
         overdue = time.perf_counter() - run.saved_at > args.save_every
         if RANK == 0 and (overdue or done == steps):
