@@ -944,6 +944,21 @@ def test_bad_options_end_in_one_sentence(options, capsys):
     assert re.search("\ntrain.py: error: .+\n$", capsys.readouterr().err)
 
 
+def test_a_batch_is_divided_among_the_processes(monkeypatch, capsys):
+    monkeypatch.setattr(train, "WORLD", 3)
+    with pytest.raises(SystemExit):
+        parse("--dataset shapes --batch-size 64")
+    assert "--batch-size must be a multiple of 3, and at least 6" in capsys.readouterr().err
+
+
+def test_help_shows_the_defaults_of_what_was_chosen(capsys):
+    with pytest.raises(SystemExit):
+        parse("--arch small --criterion simclr -h")
+    shown = capsys.readouterr().out
+    for default in ("cifar10-simclr", "512-512-512", "adamw", "0.002"):
+        assert f"{default})" in shown
+
+
 def register(own, monkeypatch):
     """Makes a function the criterion "own" until the end of the test."""
     own.__name__ = "own"
@@ -1005,6 +1020,14 @@ def test_lars_is_its_formula():
             weights[i] = w - 0.3 * 128 / 256 * momenta[i]
         optimizer.step()
         assert_close([param.detach() for param in params], weights, 1e-6, 1e-5)
+
+
+def test_only_adamws_rate_is_that_of_any_batch_size():
+    for name, rate in (("adamw", 0.1), ("sgd", 0.1 * 64 / 256)):
+        _, optimizer, probe_optimizer = optimizers_of(
+            f"--optimizer {name} --lr 0.1 --batch-size 64"
+        )
+        assert (optimizer.defaults["lr"], probe_optimizer.defaults["lr"]) == (rate, 1e-2)
 
 
 @pytest.mark.parametrize("optimizer", train.OPTIMIZERS)

@@ -333,7 +333,7 @@ def training_batches(data, args, first, steps):
     """
     size = args.batch_size
     per_epoch = len(data) // size
-    recipe = dict(args.views, crop=1) if isinstance(data, Crops) else args.views  # crops just once
+    recipe = dict(args.views, crop=1) if isinstance(data, Crops) else args.views
     operations = torch.compile(augment, dynamic=False) if args.compile else augment
 
     def batches():
@@ -346,10 +346,9 @@ def training_batches(data, args, first, steps):
     for step, (images, labels) in enumerate(fetch(data, batches(), args), first):
         grown = step >= args.grow * steps
         side = args.image_size if grown else max(8, args.image_size * 5 // 8)
-        pair = (images, images) if images.ndim == 4 else images.unbind(1)
-        draw = generator(
-            args.device, args.seed, step, 0
-        )  # 0: not the generator of an epoch's order
+        pair = images.unbind(1) if isinstance(data, Crops) else (images, images)
+        # the 0 tells the key from those of the epochs' orders
+        draw = generator(args.device, args.seed, step, 0)
         draws = torch.rand(2, WORLD, len(labels), 14, generator=draw, device=args.device)
         chunk = 64 if args.device == "cpu" else 2 * len(labels)  # fits in a core's cache
         chunks = zip(torch.cat(pair).split(chunk), draws[:, RANK].flatten(0, 1).split(chunk))
