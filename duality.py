@@ -2,9 +2,9 @@
 
 Garrido, Chen, Bardes, Najman, LeCun, ICLR 2023, arXiv 2206.02574.
 
-Notation. The paper's K has a row per dimension and a column per image. Here z = K^T is (N, D): one
-embedding z_i per image, N images in a batch, D dimensions (M in the paper). Each image has two
-views, za and zb; formulas write z_i and z'_i for their rows, K and K' for their transposes.
+Notation. The paper's K has a row K_j,. per dimension and a column K_.,i per image. Here z = K^T is
+(N, D): one embedding z_i per image, N images in a batch, D dimensions (M in the paper). Each image
+has two views, za and zb; formulas write z_i and z'_i for their rows, K and K' for their transposes.
 
 A criterion is a function f(za, zb, **hyperparameters) that returns a dict of its weighted terms.
 @criterion makes it a loss: vicreg(za, zb) is the sum of the terms, vicreg.terms(za, zb) the dict.
@@ -26,7 +26,7 @@ def criterion(function):
     """Turns a function of (za, zb) that returns weighted terms into a loss listed in CRITERIA.
 
     It computes in float32 or float64, even under autocast. Raises ValueError unless both views are
-    (N, D), N > 1, D > 0, and, on a CPU, if the loss (not .terms) is not finite.
+    (N, D), N > 1, D > 0; on a CPU also if the loss (not .terms) is not finite.
     """
 
     @functools.wraps(function)
@@ -41,7 +41,7 @@ def criterion(function):
     def loss(za, zb, **hyperparameters):
         total = sum(terms(za, zb, **hyperparameters).values())
         if total.is_cpu and not total.isfinite():
-            raise ValueError(f"{function.__name__} is {total:g}: are the embeddings finite?")
+            raise ValueError(f"{function.__name__} is {total:g}: embeddings not finite, or D = 1?")
         return total
 
     loss.terms = terms
@@ -52,7 +52,7 @@ def criterion(function):
 # ---- Section 3: two criteria and a theorem -------------------------------------------------------
 
 # Theorem 3.3:  L_nc + sum_j ||K_j,.||^4 = L_c + sum_i ||K_.,i||^4
-# Proof. Each side is ||K^T K||_F^2 = ||K K^T||_F^2: both have the same eigenvalues, but for zeros.
+# Proof. Left: ||K K^T||_F^2. Right: ||K^T K||_F^2. Both have the same eigenvalues, but for zeros.
 # The algorithm. Whichever criterion is asked for, compute only the smaller of the two matrices.
 
 
@@ -62,7 +62,7 @@ class Gram(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        with torch.autocast(x.device.type, enabled=False):  # L_c may be called under autocast
+        with torch.autocast(x.device.type, enabled=False):  # L_c and others may be called under it
             return x @ x.T
 
     @staticmethod
@@ -86,7 +86,7 @@ def diagonal_and_rest(x, y=None):
     """
     # ||X Y^T - diag(X Y^T)||_F^2 = <X^T X, Y^T Y>_F - sum_i (x_i . y_i)^2
     n, m = x.shape
-    if n <= 1.2 * m:  # just above n = m, the rest can be near 0: subtraction loses digits
+    if n <= 1.2 * m:  # for n near m, the rest can be near 0: below, digits cancel
         products = gram(x) if y is None else x @ y.T
         return products.diagonal(), (products - products.diagonal().diag()).square().sum()
     gram_x = gram(x.T)
@@ -111,12 +111,12 @@ def norms4(z):
 
 
 def lemma_3_4(n, m, a=1.0):
-    """n^2 / m a^4 <= norms4(z.T) <= n^2 a^4 for n embeddings z of norm a. Dual: swap n and m."""
+    """Bounds n^2 a^4 / m and n^2 a^4 of norms4(z.T), z (n, m), embeddings of norm a; dual: swap."""
     return n**2 / m * a**4, n**2 * a**4
 
 
 def corollary_3_4_1(z):
-    """L_nc - N + N^2 / D <= L_c(z) <= L_nc - N + N^2 for embeddings of norm 1. Dual: pass z.T."""
+    """Bounds L_nc - N + N^2 / D and L_nc - N + N^2 of L_c(z), embeddings of norm 1; dual: z.T."""
     return tuple(L_nc(z) - len(z) + bound for bound in lemma_3_4(*z.shape))
 
 
@@ -175,16 +175,16 @@ def v_and_c(z):
     return hinge(diagonal / (N - 1)), squares / (N - 1) ** 2 / D
 
 
-def vicreg_terms(za, zb, v_and_c, lambda_, mu, nu):
+def vicreg_terms(za, zb, regularizers, lambda_, mu, nu):
     # lambda / (N D) sum_i ||z_i - z'_i||^2 + mu / 2 (v(K) + v(K')) + nu (c(K) + c(K'))
-    (va, ca), (vb, cb) = v_and_c(center(za)), v_and_c(center(zb))
+    (va, ca), (vb, cb) = regularizers(center(za)), regularizers(center(zb))
     s = F.mse_loss(za, zb)
     return dict(invariance=lambda_ * s, variance=mu / 2 * (va + vb), covariance=nu * (ca + cb))
 
 
 @criterion
 def vicreg(za, zb, invariance=25.0, variance=25.0, covariance=1.0):
-    """VICReg (arXiv 2105.04906) as in its code: v is averaged over the views, c is summed."""
+    """VICReg (arXiv 2105.04906) as in its code: s is a mean over N and D, v over views; c is summed."""
     return vicreg_terms(za, zb, v_and_c, invariance, variance, covariance)
 
 
@@ -197,7 +197,7 @@ def v_and_c_contrastive(z):
 
 @criterion
 def vicreg_contrastive(za, zb, invariance=25.0, variance=25.0, covariance=1.0):
-    """VICReg as a contrastive method, Eq 9-10: same value and gradient, less precise if N >> D."""
+    """VICReg as a contrastive method, Eq 9-10: vicreg's value and gradient, less precise if N >> D."""
     return vicreg_terms(za, zb, v_and_c_contrastive, invariance, variance, covariance)
 
 
@@ -212,7 +212,7 @@ def barlow_twins(za, zb, redundancy=0.0051):
 
 
 def coding_rate(z, eps):
-    # R(Z) = 1/2 logdet(I + D / (N eps^2) Z^T Z), by Sylvester's identity the same with Z Z^T
+    # R(K) = 1/2 logdet(I + D / (N eps^2) K K^T), by Sylvester's identity the same with K^T K
     N, D = z.shape
     matrix = D / (N * eps**2) * smaller_gram(z)
     return torch.logdet(matrix + torch.eye(len(matrix)).to(matrix)) / 2
@@ -220,8 +220,8 @@ def coding_rate(z, eps):
 
 @criterion
 def tcr(za, zb, invariance=1.0, eps=0.5):
-    """Minus the total coding rate (arXiv 2201.10000) per embedding, for embeddings of norm 1."""
-    # lambda / N sum_i ||z_i - z'_i||^2 - (R(Z) + R(Z')) / (2N)
+    """Total coding rate (arXiv 2201.10000) per embedding of norm 1, negated, and an invariance."""
+    # lambda / N sum_i ||z_i - z'_i||^2 - (R(K) + R(K')) / (2N)
     za, zb = F.normalize(za), F.normalize(zb)
     rate = (coding_rate(za, eps) + coding_rate(zb, eps)) / (2 * len(za))
     return dict(invariance=invariance * distance(za, zb), repulsion=-rate)
@@ -238,7 +238,7 @@ def sample_contrastive(za, zb, invariance=25.0, repulsion=1.0):
 
 @criterion
 def spectral(za, zb, radius=3.0):
-    """Spectral contrastive loss (arXiv 2106.04156). Norms are clipped to radius (sqrt(mu))."""
+    """Spectral contrastive loss (arXiv 2106.04156). Norms are clipped to radius, its sqrt(mu)."""
     # -2/N sum_i z_i . z'_i + 1 / (N (N - 1)) sum_{i != j} (z_i . z'_j)^2
     N = len(za)
     za, zb = (z * (radius / z.norm(dim=1, keepdim=True).clamp_min(radius)) for z in (za, zb))
@@ -258,10 +258,10 @@ def log_sum_exp(x, n_samples, temperature, similarity=torch.positive):
     sample = torch.arange(n, device=x.device) % n_samples
 
     def of_rows(rows, sample_of_row):
-        products = gram(x) if rows is x and n <= m else rows @ x.T  # n > m: G + G^T costs more
+        products = gram(x) if rows is x and n <= m else rows @ x.T  # n > m: G + G^T is dearer
         scores = similarity(products) / temperature
         scores.detach().masked_fill_(sample_of_row[:, None] == sample, -math.inf)
-        return scores.logsumexp(1)  # exp(-inf) = 0: the gradient is 0 there, too
+        return scores.logsumexp(1)  # the mask is not recorded: as exp(-inf) = 0, its gradient is 0
 
     if n * n <= BLOCK:
         return of_rows(x, sample)
@@ -286,7 +286,7 @@ def nt_xent(za, zb, temperature, negatives, similarity=torch.positive, dcl=False
 
 @criterion
 def simclr(za, zb, temperature=0.2, negatives="both"):
-    """SimCLR (arXiv 2002.05709). Negatives: of "both" views, or of the anchor's "own" (Garrido)."""
+    """SimCLR (arXiv 2002.05709). Negatives: of "both" views, or the anchor's "own" (this paper)."""
     return nt_xent(F.normalize(za), F.normalize(zb), temperature, negatives)
 
 
@@ -363,7 +363,7 @@ CHAIN = ("vicreg", "vicreg-exp", "vicreg-ctr", "simclr")
 @criterion
 def chain(za, zb, t=1.5):
     """Interpolates between the chain's losses at their defaults: CHAIN[t] at t = 0, 1, 2, 3."""
-    # sum_k max(0, 1 - |t - k|) loss_k,  loss_k = CHAIN[k]
+    # sum_k max(0, 1 - |t - k|) loss_k,  loss_k that of CHAIN[k]
     if not 0 <= t <= 3:
         raise ValueError(f"t must be in [0, 3], not {t}")
     terms = {}
@@ -378,11 +378,11 @@ def chain(za, zb, t=1.5):
 
 
 def rankme(z):
-    """Effective rank of z (N, D), nan if z is not finite; best in float64 (arXiv 2210.02885)."""
+    """Effective rank of z (N, D), nan if z z^T is not finite; best in float64 (arXiv 2210.02885)."""
     # exp(-sum_k p_k log p_k),  p_k = s_k / sum_l s_l + 1e-7,  s the singular values of z
     matrix = smaller_gram(z)
     if not matrix.isfinite().all():
-        return torch.tensor(math.nan).to(z)
+        return z.new_tensor(math.nan)
     s = torch.linalg.eigvalsh(matrix).clamp_min(0).sqrt()
     p = s / s.sum().clamp_min(torch.finfo(s.dtype).tiny) + 1e-7
     return (-p * p.log()).sum().exp()
@@ -403,7 +403,7 @@ def diagnose(z):
     variance = L_c(u) / (N * (N - 1)) - mean**2
     found = dict(std_mean=std.mean(), std_min=std.min(), rankme=rankme(z))
     found.update(norm_mean=norms.mean(), norm_std=norms.std(), L_c=L_c(z), L_nc=L_nc(z))
-    found.update(theorem_left=L_nc(z) + norms4(z.T), theorem_right=L_c(z) + norms4(z))
+    found.update(theorem_left=found["L_nc"] + norms4(z.T), theorem_right=found["L_c"] + norms4(z))
     return dict(found, negative_mean=mean, negative_variance=variance)
 
 
@@ -411,7 +411,7 @@ def gather(z):
     """Stacks the rows of all W processes by rank, (N / W, D) -> (N, D); without a group, returns z.
 
     All processes need equally many rows (drop_last=True). Each computes the loss of the whole
-    batch; the stacked rows' gradients are summed over processes, for DDP to average.
+    batch; the stacked rows' gradients are summed over processes, since DDP divides by W.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return z
