@@ -184,7 +184,7 @@ def vicreg_terms(za, zb, regularizers, lambda_, mu, nu):
 
 @criterion
 def vicreg(za, zb, invariance=25.0, variance=25.0, covariance=1.0):
-    """VICReg (arXiv 2105.04906) as in its code: s is a mean over N and D, v over views; c is summed."""
+    """VICReg (arXiv 2105.04906) as in its code: v is a mean over views, c a sum; s is a mean."""
     return vicreg_terms(za, zb, v_and_c, invariance, variance, covariance)
 
 
@@ -197,7 +197,7 @@ def v_and_c_contrastive(z):
 
 @criterion
 def vicreg_contrastive(za, zb, invariance=25.0, variance=25.0, covariance=1.0):
-    """VICReg as a contrastive method, Eq 9-10: vicreg's value and gradient, less precise if N >> D."""
+    """VICReg as a contrastive method, Eq 9-10: equal to vicreg, but less precise if N >> D."""
     return vicreg_terms(za, zb, v_and_c_contrastive, invariance, variance, covariance)
 
 
@@ -215,7 +215,7 @@ def coding_rate(z, eps):
     # R(K) = 1/2 logdet(I + D / (N eps^2) K K^T), by Sylvester's identity the same with K^T K
     N, D = z.shape
     matrix = D / (N * eps**2) * smaller_gram(z)
-    return torch.logdet(matrix + torch.eye(len(matrix)).to(matrix)) / 2
+    return torch.logdet(matrix + torch.ones_like(matrix[0]).diag()) / 2
 
 
 @criterion
@@ -378,7 +378,7 @@ def chain(za, zb, t=1.5):
 
 
 def rankme(z):
-    """Effective rank of z (N, D), nan if z z^T is not finite; best in float64 (arXiv 2210.02885)."""
+    """Effective rank (arXiv 2210.02885) of z (N, D), best in float64; nan if z z^T overflows."""
     # exp(-sum_k p_k log p_k),  p_k = s_k / sum_l s_l + 1e-7,  s the singular values of z
     matrix = smaller_gram(z)
     if not matrix.isfinite().all():

@@ -136,12 +136,13 @@ def plot(runs, file):
     figure = Figure((6, 4), layout="constrained")
     axes = figure.subplots()
     for run in runs:
-        log = [json.loads(line) for line in open(run / "log.jsonl")]
+        log = map(json.loads, open(run / "log.jsonl"))
         points = [(line["step"], line["probe_test"]) for line in log if "probe_test" in line]
         (curve,) = axes.plot(*torch.tensor(points).reshape(-1, 2).T, ".-", label=run.name)
         if (run / "eval.json").exists():
-            top1 = json.loads((run / "eval.json").read_text())["linear_top1"]
-            axes.plot(log[-1]["step"], top1, "*", color=curve.get_color(), markersize=12)
+            found = json.loads((run / "eval.json").read_text())
+            point = found["steps"], found["linear_top1"]
+            axes.plot(*point, "*", color=curve.get_color(), markersize=12)
     axes.set(xlabel="steps", ylabel="test top-1 (%): dots online, stars offline")
     axes.legend()
     figure.savefig(file, dpi=150)

@@ -53,7 +53,7 @@ VIEWS = dict(crop=0.2, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, satur
 VIEWS |= dict(grey=0.2, blur=0.0, solarize=0.0)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue
 RESIDENT_BYTES = 4 * 2**30  # images that fit in this are held on the device, others are streamed
-MAY_CHANGE = "epochs data_dir workers device precision out save_every compile".split()
+MAY_CHANGE = "epochs data_dir workers out save_every compile".split()  # when a run goes on
 
 # torchrun's processes: how many, the number of this one, and its number on its node
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -181,15 +181,18 @@ def fastest_precision(device):
 
 
 def start(device, precision):
-    """Joins torchrun's processes, if there are any, and selects this process's GPU."""
+    """Selects this process's GPU, and joins torchrun's processes, if there are any."""
+    gpu = torch.device("cuda", LOCAL_RANK) if device == "cuda" else None
+    if gpu:
+        torch.cuda.set_device(gpu)
+        torch.backends.cudnn.benchmark = True  # shapes hardly ever change
+        if precision == "fp32":
+            torch.backends.cudnn.allow_tf32 = False
+        else:  # TF32 has more bits than bf16 and fp16
+            torch.set_float32_matmul_precision("high")
     if WORLD > 1:
         hour = datetime.timedelta(hours=1)  # the first process may have to download the data
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=hour)
-    if device == "cuda":
-        torch.cuda.set_device(LOCAL_RANK)
-        torch.backends.cudnn.benchmark = True  # shapes hardly ever change
-        torch.backends.cudnn.allow_tf32 = precision != "fp32"  # has more bits than bf16 and fp16
-        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=hour, device_id=gpu)
 
 
 def autocast(args):
@@ -310,11 +313,11 @@ def hold(images, labels, args):
 
 def fetch(data, batches, args):
     """Yields the images and labels of each batch, (indices, seed), on the device."""
+    cuda = args.device == "cuda"
     if isinstance(data, TensorDataset):
-        yield from (data[indices.to(args.device)] for indices, _ in batches)
+        yield from (data[indices.to(args.device, non_blocking=cuda)] for indices, _ in batches)
         return
     keys = ([(i, seed) for i in indices.tolist()] for indices, seed in batches)
-    cuda = args.device == "cuda"
     loader = DataLoader(data, batch_sampler=keys, num_workers=args.workers, pin_memory=cuda)
     for images, labels in loader:
         yield images.to(args.device, non_blocking=cuda), labels.to(args.device, non_blocking=cuda)
@@ -323,7 +326,7 @@ def fetch(data, batches, args):
 def plain_batches(data, args, rank=0, world=1):
     """Yields a process's share of the images, as they are, (B, 3, S, S), and labels (B,)."""
     share = torch.arange(len(data))[rank::world]
-    return fetch(data, ((indices, None) for indices in share.split(500)), args)
+    return fetch(data, ((indices, None) for indices in share.split(500) if len(indices)), args)
 
 
 def training_batches(data, args, first, steps):
@@ -638,13 +641,13 @@ def probe_accuracy(model, data, args):
 
 
 def train(args, run, train_set, test_set):
-    model, optimizer, probe_optimizer = run.parts.values()
-    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
+    model, optimizer, probe_optimizer, scaler = run.parts.values()
     criterion = partial(CRITERIA[args.criterion].terms, **args.set)
     net = distribute(model, args)
     if args.compile:
-        net = torch.compile(net, dynamic=False)  # once for each of two sizes of views
         criterion = torch.compile(criterion)
+        if WORLD == 1:  # torch does not compile SyncBatchNorm
+            net = torch.compile(net, dynamic=False)
     per_epoch = len(train_set) // args.batch_size
     steps = args.epochs * per_epoch
     batches = training_batches(train_set, args, run.step, steps)
@@ -707,7 +710,9 @@ def main(argv=None):
     model = Model(args.arch, args.image_size, args.projector, args.classes)
     model.to(args.device, memory_format=memory_format(args.device))
     optimizer, probe_optimizer = build_optimizers(args, model)
-    run = Run(args, dict(model=model, optimizer=optimizer, probe=probe_optimizer))
+    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
+    parts = dict(model=model, optimizer=optimizer, probe_optimizer=probe_optimizer, scaler=scaler)
+    run = Run(args, parts)
     if run.step >= args.epochs * (args.images // args.batch_size):
         return say(f"{run.out} is complete; more --epochs resume the run")
     say(
