@@ -141,8 +141,7 @@ def plot(runs, file):
         (curve,) = axes.plot(*torch.tensor(points).reshape(-1, 2).T, ".-", label=run.name)
         if (run / "eval.json").exists():
             found = json.loads((run / "eval.json").read_text())
-            point = found["steps"], found["linear_top1"]
-            axes.plot(*point, "*", color=curve.get_color(), markersize=12)
+            axes.plot(found["steps"], found["linear_top1"], "*", color=curve.get_color(), ms=12)
     axes.set(xlabel="steps", ylabel="test top-1 (%): dots online, stars offline")
     axes.legend()
     figure.savefig(file, dpi=150)
