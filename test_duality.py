@@ -28,7 +28,6 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib.axes
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1154,7 +1153,7 @@ def test_a_run_is_its_plain_loop(command, out):
     main = torch.optim.SGD([weights, dict(params=[p for p in params if p.ndim < 2])], momentum=0.9)
     probe = torch.optim.AdamW(model.probe.parameters(), 1e-2, weight_decay=0)
     for step, (views, labels) in enumerate(train.training_batches(data, args, 0, 20)):
-        rise = (step + 1) / 4 if step < 4 else (1 + np.cos(np.pi * (step - 4) / 16)) / 2
+        rise = (step + 1) / 4 if step < 4 else (1 + math.cos(math.pi * (step - 4) / 16)) / 2
         for group in main.param_groups:
             group["lr"] = lr = 0.2 * 8 / 256 * rise
         (za, zb), logits = (x.unflatten(0, (2, 8)) for x in model.train()(views))
@@ -1411,7 +1410,7 @@ def test_probes_are_softmax_regression_and_weighted_votes():
     weights = torch.zeros(21, 8, requires_grad=True)
     optimizer = torch.optim.AdamW([weights], weight_decay=1e-4)
     for epoch in range(12):
-        optimizer.param_groups[0]["lr"] = 0.03 * (1 + np.cos(np.pi * epoch / 12)) / 2
+        optimizer.param_groups[0]["lr"] = 0.03 * (1 + math.cos(math.pi * epoch / 12)) / 2
         optimizer.zero_grad()
         F.cross_entropy(z @ weights, y).backward()
         optimizer.step()
