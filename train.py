@@ -191,6 +191,8 @@ def start(device, precision):
         else:  # TF32 has more bits than bf16 and fp16
             torch.set_float32_matmul_precision("high")
     if WORLD > 1:
+        if "MASTER_ADDR" not in os.environ:
+            sys.exit("WORLD_SIZE is set: start several processes with torchrun")
         hour = datetime.timedelta(hours=1)  # the first process may have to download the data
         dist.init_process_group("nccl" if gpu else "gloo", timeout=hour, device_id=gpu)
 
@@ -294,7 +296,7 @@ def load(args):
             sets = [ImageFolder(root / part, loader=read) for part in ("train", test)]
     except Exception as error:
         reason = (str(error) or repr(error)).splitlines()[0]
-        needed = "its archive" if cifar else "train/CLASS/IMAGE, and the same in val or test"
+        needed = "its archive (or try shapes)" if cifar else "train/CLASS/IMAGE and val/CLASS/IMAGE"
         sys.exit(f"{args.dataset}: {reason}; --data-dir DIR has {needed}")
     classes = sets[0].classes
     for name in set(classes) ^ set(sets[1].classes):
