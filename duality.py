@@ -111,12 +111,12 @@ def norms4(z):
 
 
 def lemma_3_4(n, m, a=1.0):
-    """Bounds n^2 a^4 / m and n^2 a^4 of norms4(z.T), z (n, m), embeddings of norm a; dual: swap."""
+    """Bounds n^2 a^4 / m and n^2 a^4 of norms4(z.T), n embeddings of norm a. Dual: swap n and m."""
     return n**2 / m * a**4, n**2 * a**4
 
 
 def corollary_3_4_1(z):
-    """Bounds L_nc - N + N^2 / D and L_nc - N + N^2 of L_c(z), embeddings of norm 1; dual: z.T."""
+    """Bounds L_nc - N + N^2 / D and L_nc - N + N^2 of L_c(z), embeddings of norm 1. Dual: z.T."""
     return tuple(L_nc(z) - len(z) + bound for bound in lemma_3_4(*z.shape))
 
 
@@ -258,7 +258,7 @@ def log_sum_exp(x, n_samples, temperature, similarity=torch.positive):
     sample = torch.arange(n, device=x.device) % n_samples
 
     def of_rows(rows, sample_of_row):
-        products = gram(x) if rows is x and n <= m else rows @ x.T  # n > m: G + G^T is dearer
+        products = gram(x) if rows is x and n <= m else rows @ x.T  # n > m: G + G^T costs more
         scores = similarity(products) / temperature
         scores.detach().masked_fill_(sample_of_row[:, None] == sample, -math.inf)
         return scores.logsumexp(1)  # the mask is not recorded: as exp(-inf) = 0, its gradient is 0

@@ -220,7 +220,7 @@ def say(message):
 
 
 def generator(device, *key):
-    """A random generator that depends on its key alone, integers."""
+    """A random generator that depends only on its key, some integers."""
     return torch.Generator(device).manual_seed(hash(key) % 2**63)
 
 
@@ -338,6 +338,7 @@ def training_batches(data, args, first, steps):
     """
     size = args.batch_size
     per_epoch = len(data) // size
+    # Crops has cropped already
     recipe = dict(args.views, crop=1) if isinstance(data, Crops) else args.views
     operations = torch.compile(augment, dynamic=False) if args.compile else augment
 
