@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
 import train
@@ -41,7 +40,7 @@ def parse_args(argv=None):
 def extract(encoder, data, args):
     """Features (N, F), in float32, and labels (N,) of a set's images, not augmented."""
     batches = tqdm(train.plain_batches(data, args), "features", leave=False, disable=None)
-    pairs = [(encoder(normalize(images / 255, train.MEAN, train.STD)), y) for images, y in batches]
+    pairs = [(encoder(images), labels) for images, labels in batches]
     return [torch.cat(tensors) for tensors in zip(*pairs)]
 
 

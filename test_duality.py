@@ -737,19 +737,19 @@ def assert_close(found, expected, atol=0.0, rtol=0.0):
     torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
 
 
-def plain_box(area, aspect, top, left, least, height, width):
+def plain_box(area, aspect, top, left, least, pixels):
     """A crop's top, left, height and width, by uniform draws."""
-    area = (least + (1 - least) * area) * height * width
+    area = (least + (1 - least) * area) * pixels**2
     ratio = (4 / 3) ** (2 * aspect - 1) if least < 1 else 1
-    h = min(max(1, round((area / ratio) ** 0.5)), height)
-    w = min(max(1, round((area * ratio) ** 0.5)), width)
-    return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
+    h = min(max(1, round((area / ratio) ** 0.5)), pixels)
+    w = min(max(1, round((area * ratio) ** 0.5)), pixels)
+    return int(top * (pixels - h + 1)), int(left * (pixels - w + 1)), h, w
 
 
 def plain_view(image, draws, recipe, size):
     """A view, by torchvision's functions of one image."""
     *box, flip, jitter, brightness, contrast, saturation, hue, grey, blur, sigma, solarize = draws
-    box = plain_box(*box, recipe["crop"], *image.shape[1:])
+    box = plain_box(*box, recipe["crop"], image.shape[1])
     x = TF.resized_crop(image / 255, *box, [size, size], antialias=True)
     x = TF.hflip(x) if flip < recipe["flip"] else x
     if jitter < recipe["jitter"]:
@@ -773,11 +773,11 @@ strongest = dict(brightness=1.0, contrast=1.0, saturation=1.0, hue=0.5)
 RECIPES |= {name: {"jitter": 0.6, name: most} for name, most in strongest.items()}
 
 
-@pytest.mark.parametrize("height, width, size", [(32, 32, 32), (48, 40, 24), (20, 36, 64)])
+@pytest.mark.parametrize("pixels, size", [(32, 32), (48, 24), (20, 64)])
 @pytest.mark.parametrize("name", RECIPES)
-def test_views_are_torchvisions(name, height, width, size):
+def test_views_are_torchvisions(name, pixels, size):
     recipe = dict.fromkeys(train.VIEWS, 0) | dict(crop=1) | RECIPES[name]
-    images = pictures(60, height, width)
+    images = pictures(60, pixels, pixels)
     draws = torch.rand(60, 14, generator=torch.Generator().manual_seed(0))
     found = train.augment(images, draws, recipe, size) * STD + MEAN
     expected = [plain_view(*pair, recipe, size) for pair in zip(images, draws.tolist())]
@@ -789,7 +789,7 @@ def test_crops_are_distributed_as_torchvisions(least):
     n, image, get = 10_000, torch.empty(3, 320, 320), transforms.RandomResizedCrop.get_params
     torch.manual_seed(0)
     theirs = torch.tensor([get(image, (least, 1), (3 / 4, 4 / 3)) for _ in range(n)])
-    ours = torch.tensor([plain_box(*draws, least, 320, 320) for draws in torch.rand(n, 4).tolist()])
+    ours = torch.tensor([plain_box(*draws, least, 320) for draws in torch.rand(n, 4).tolist()])
     # where a side would be longer than the image's, ours is cut, and 3/4 of the area remains
     samples = [boxes[boxes[:, 2] * boxes[:, 3] < 0.74 * 320**2] for boxes in (theirs, ours)]
     for pair in zip(*(boxes.T for boxes in samples)):
@@ -865,14 +865,16 @@ def test_processes_parts_are_one_processs_batch(tmp_path, monkeypatch):
     assert torch.equal(torch.cat((labels_0, labels_1)), labels)
 
 
-def test_streamed_crops_are_not_cropped_again(tmp_path, monkeypatch):
-    save_images(tmp_path, pictures(8))
-    pair = pictures(2, 64, 64)
+def test_streamed_images_are_squares_of_twice_the_size(tmp_path, monkeypatch):
+    image = pictures(1, 96, 64)
+    save_images(tmp_path, image)
     monkeypatch.setattr(train, "RESIDENT_BYTES", 0)
-    monkeypatch.setattr(train.Crops, "__getitem__", lambda crops, key: (pair, 0))
-    line = f"--data-dir {tmp_path} --batch-size 4 --grow 0 --views flip=0 jitter=0 grey=0"
-    ((views, _),) = batches(line, 0, 1)
-    assert_close(views * STD + MEAN, pair.repeat_interleave(4, 0) / 255, 5e-6)
+    args = parse(f"--dataset folder --data-dir {tmp_path} --image-size 32 --workers 0")
+    data, _, _ = train.load(args)
+    assert torch.equal(data[0][0], image[0, :, 16:80])
+    ((plain, _),) = train.plain_batches(data, args)
+    pixels = image[:, :, 16:80].unflatten(3, (32, 2)).unflatten(2, (32, 2)) / 255
+    assert_close(plain * STD + MEAN, pixels.mean((3, 5)), 1e-6)
 
 
 MISSING = {
@@ -1060,7 +1062,7 @@ def command(images, out):
 
 def train_here(line):
     """Runs train.py in this process."""
-    train.main(shlex.split(line))
+    train.main(parse(line))
 
 
 def run_script(line, streamed):
@@ -1183,7 +1185,7 @@ def gradients_and_statistics(rank=0, world=1):
     for param in model.parameters():
         torch.nn.init.normal_(param, 0.1, 0.2)
     views, labels = torch.randn(2, 12, 3, 8, 8).double(), torch.arange(12) % 5
-    args = argparse.Namespace(device="cpu", precision="fp32")
+    args = argparse.Namespace(device="cpu", precision="fp32", image_size=8)
     net = train.distribute(model, args)
     embeddings, logits = net(views.chunk(world, 1)[rank].flatten(0, 1))
     za, zb = (duality.gather(z) for z in embeddings.chunk(2))

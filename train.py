@@ -7,7 +7,6 @@ torchrun --nproc-per-node 8 train.py --dataset imagenet --data-dir imagenet --ba
 """
 
 import argparse
-import datetime
 import inspect
 import io
 import json
@@ -15,6 +14,7 @@ import math
 import os
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +24,9 @@ import torchvision
 from PIL import Image
 from torch import distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import CenterCrop, Compose, PILToTensor, RandomResizedCrop, Resize
+from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
@@ -186,14 +186,11 @@ def start(device, precision):
     if gpu:
         torch.cuda.set_device(gpu)
         torch.backends.cudnn.benchmark = True  # shapes hardly ever change
-        if precision == "fp32":
-            torch.backends.cudnn.allow_tf32 = False
-        else:  # TF32 has more bits than bf16 and fp16
-            torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
+        # "high" is TF32, which has more bits than bf16 and fp16
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     if WORLD > 1:
-        if "MASTER_ADDR" not in os.environ:
-            sys.exit("WORLD_SIZE is set: start several processes with torchrun")
-        hour = datetime.timedelta(hours=1)  # the first process may have to download the data
+        hour = timedelta(hours=1)  # the first process may have to download the data
         dist.init_process_group("nccl" if gpu else "gloo", timeout=hour, device_id=gpu)
 
 
@@ -205,13 +202,6 @@ def autocast(args):
 def memory_format(device):
     # in channels_last, MPS computes a wrong gradient of batch norm (pytorch issue 175189)
     return torch.contiguous_format if device == "mps" else torch.channels_last
-
-
-def total(tensor):
-    """The sum of all processes' tensors."""
-    if WORLD > 1:
-        dist.all_reduce(tensor)
-    return tensor
 
 
 def say(message):
@@ -227,27 +217,6 @@ def generator(device, *key):
 # ---- Data ----------------------------------------------------------------------------------------
 
 
-class Crops(Dataset):
-    """Item (i, seed) is two random crops of image i, (2, 3, S, S), and item (i, None) its central
-    crop, (3, S, S), both uint8, with the label."""
-
-    def __init__(self, dataset, size, least_area):
-        self.dataset = dataset
-        self.random_crop = Compose([RandomResizedCrop(size, (least_area, 1)), PILToTensor()])
-        self.central_crop = Compose([Resize(size), CenterCrop(size), PILToTensor()])
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, key):
-        i, seed = key
-        image, label = self.dataset[i]
-        if seed is None:
-            return self.central_crop(image), label
-        torch.manual_seed(hash(key) % 2**63)
-        return torch.stack([self.random_crop(image), self.random_crop(image)]), label
-
-
 def read_image(file, size):
     """The image in RGB. OSError names a file that is damaged or has more than 8 bits a channel."""
     try:
@@ -260,7 +229,7 @@ def read_image(file, size):
         raise OSError(f"{file}: {error}") from error
 
 
-def shapes(n, seed, size=32):
+def shapes(n, seed, size=32, device="cpu"):
     """Drawn images, uint8 (n, 3, size, size), of flowers with 1 to 8 petals, and labels (n,)."""
     draw = partial(torch.rand, generator=generator("cpu", seed))
     labels = torch.arange(n) % 8
@@ -277,14 +246,18 @@ def shapes(n, seed, size=32):
     dark, light, contrast = draw(3, n, 3, 1, 1)
     images = torch.lerp(dark / 2, light / 2 + 0.5, flower) + (contrast - 0.5) * waves / 2.5
     images = torch.where(inverted < 0.5, images, 1 - images)
-    return (images.clamp(0, 1) * 255).byte(), labels
+    return (images.clamp(0, 1) * 255).byte().to(device), labels.to(device)
 
 
 def load(args):
-    """Training set, test set, and the names of the classes."""
+    """Training set, test set, and the names of the classes.
+
+    Images are central squares, uint8 (3, P, P): P = S if all fit on the device, else P = 2 S.
+    """
     size, root = args.image_size, Path(args.data_dir)
     if args.dataset == "shapes":
-        return hold(*shapes(5000, 0, size), args), hold(*shapes(2000, 1, size), args), range(1, 9)
+        sets = [shapes(5000, 0, size, args.device), shapes(2000, 1, size, args.device)]
+        return *(TensorDataset(*tensors) for tensors in sets), range(1, 9)
     cifar = args.dataset.startswith("cifar")
     try:
         if cifar:
@@ -301,34 +274,36 @@ def load(args):
     classes = sets[0].classes
     for name in set(classes) ^ set(sets[1].classes):
         sys.exit(f"class {name} is not in both {sets[0].root} and {sets[1].root}")
-    sets = [Crops(each, size, args.views["crop"]) for each in sets]
-    if sum(map(len, sets)) * 3 * size**2 <= RESIDENT_BYTES:
-        for i, crops in enumerate(sets):
-            batches = tqdm(plain_batches(crops, args), "reading images", leave=False, disable=None)
-            sets[i] = hold(*map(torch.cat, zip(*batches)), args)
+    fit = sum(map(len, sets)) * 3 * size**2 <= RESIDENT_BYTES
+    side = size if fit else 2 * size
+    for i, data in enumerate(sets):
+        data.transform = Compose([Resize(side), CenterCrop(side), PILToTensor()])
+        if fit:
+            batches = fetch(data, torch.arange(len(data)).split(500), args)
+            batches = tqdm(batches, "reading images", leave=False, disable=None)
+            sets[i] = TensorDataset(*map(torch.cat, zip(*batches)))
     return *sets, classes
 
 
-def hold(images, labels, args):
-    return TensorDataset(images.to(args.device), labels.to(args.device))
-
-
 def fetch(data, batches, args):
-    """Yields the images and labels of each batch, (indices, seed), on the device."""
+    """Yields images, uint8 (B, 3, P, P), and labels (B,) of batches of indices, on the device."""
     cuda = args.device == "cuda"
     if isinstance(data, TensorDataset):
-        yield from (data[indices.to(args.device, non_blocking=cuda)] for indices, _ in batches)
+        yield from (data[indices.to(args.device, non_blocking=cuda)] for indices in batches)
         return
-    keys = ([(i, seed) for i in indices.tolist()] for indices, seed in batches)
-    loader = DataLoader(data, batch_sampler=keys, num_workers=args.workers, pin_memory=cuda)
+    lists = (indices.tolist() for indices in batches)
+    loader = DataLoader(data, batch_sampler=lists, num_workers=args.workers, pin_memory=cuda)
     for images, labels in loader:
         yield images.to(args.device, non_blocking=cuda), labels.to(args.device, non_blocking=cuda)
 
 
 def plain_batches(data, args, rank=0, world=1):
-    """Yields a process's share of the images, as they are, (B, 3, S, S), and labels (B,)."""
+    """Yields a process's share of the images, normalized (B, 3, S, S), and labels (B,)."""
     share = torch.arange(len(data))[rank::world]
-    return fetch(data, ((indices, None) for indices in share.split(500) if len(indices)), args)
+    batches = (indices for indices in share.split(500) if len(indices))
+    for images, labels in fetch(data, batches, args):
+        images = F.adaptive_avg_pool2d(images / 255, args.image_size)
+        yield normalize(images, MEAN, STD), labels
 
 
 def training_batches(data, args, first, steps):
@@ -338,8 +313,6 @@ def training_batches(data, args, first, steps):
     """
     size = args.batch_size
     per_epoch = len(data) // size
-    # Crops has cropped already
-    recipe = dict(args.views, crop=1) if isinstance(data, Crops) else args.views
     operations = torch.compile(augment, dynamic=False) if args.compile else augment
 
     def batches():
@@ -347,18 +320,18 @@ def training_batches(data, args, first, steps):
             epoch, i = divmod(step, per_epoch)
             if i == 0 or step == first:
                 order = torch.randperm(len(data), generator=generator("cpu", args.seed, epoch))
-            yield order[i * size : (i + 1) * size].chunk(WORLD)[RANK], hash((args.seed, step))
+            yield order[i * size : (i + 1) * size].chunk(WORLD)[RANK]
 
     for step, (images, labels) in enumerate(fetch(data, batches(), args), first):
         grown = step >= args.grow * steps
         side = args.image_size if grown else max(8, args.image_size * 5 // 8)
-        pair = images.unbind(1) if isinstance(data, Crops) else (images, images)
         # the 0 tells the key from those of the epochs' orders
         draw = generator(args.device, args.seed, step, 0)
         draws = torch.rand(2, WORLD, len(labels), 14, generator=draw, device=args.device)
-        chunk = 64 if args.device == "cpu" else 2 * len(labels)  # fits in a core's cache
-        chunks = zip(torch.cat(pair).split(chunk), draws[:, RANK].flatten(0, 1).split(chunk))
-        views = torch.cat([operations(*each, recipe, side) for each in chunks])
+        chunk = 64 if args.device == "cpu" else 2 * len(labels)  # 64 fit in a core's cache
+        images = images.repeat(2, 1, 1, 1).split(chunk)
+        draws = draws[:, RANK].flatten(0, 1).split(chunk)
+        views = torch.cat([operations(*pair, args.views, side) for pair in zip(images, draws)])
         yield views.to(memory_format=memory_format(args.device)), labels
 
 
@@ -366,11 +339,11 @@ def training_batches(data, args, first, steps):
 
 
 def augment(images, draws, recipe, size):
-    """Random views (B, 3, size, size), normalized, of uint8 images (B, 3, H, W).
+    """Random views (B, 3, size, size), normalized, of square uint8 images (B, 3, P, P).
 
     draws (B, 14) are uniform in [0, 1), recipe is a dict such as VIEWS.
     """
-    draws = iter(draws.T[..., None, None])
+    draws = iter(draws.T[..., None, None, None])
 
     def happens(name):  # 1 with the recipe's probability, else 0
         return (next(draws) < recipe[name]).float()
@@ -379,59 +352,58 @@ def augment(images, draws, recipe, size):
         return jitter * recipe[name] * (2 * next(draws) - 1)
 
     # torchvision draws a crop again if one of its sides is longer than the image's; here it is cut
-    _, _, height, width = images.shape
-    area = (recipe["crop"] + (1 - recipe["crop"]) * next(draws)) * height * width
+    pixels = images.shape[-1]
+    area = (recipe["crop"] + (1 - recipe["crop"]) * next(draws)) * pixels**2
     aspect = ((2 * next(draws) - 1) * math.log(4 / 3) * (recipe["crop"] < 1)).exp()
-    h = (area / aspect).sqrt().round().clamp(1, height)
-    w = (area * aspect).sqrt().round().clamp(1, width)
-    top = (next(draws) * (height - h + 1)).floor()
-    left = (next(draws) * (width - w + 1)).floor()
-    flip = happens("flip")
-    left, w = left + flip * w, w - 2 * flip * w  # a flipped view goes backwards from its right edge
-    rows = resampling(top, h, height, size)
-    columns = resampling(left, w, width, size)
+    lengths = torch.stack([area / aspect, area * aspect]).sqrt().round().clamp(1, pixels)
+    top, left = next(draws), next(draws)
+    starts = (torch.stack([top, left]) * (pixels - lengths + 1)).floor()
+    flips = torch.stack([torch.zeros_like(top), happens("flip")])
+    rows, columns = resampling(starts, lengths, flips, pixels, size)
 
     jitter = happens("jitter")
     brightness = 1 + strength("brightness")
     rows = rows * (brightness / 255)  # cheaper than on the pixels
-    x = torch.stack([rows @ plane @ columns.mT for plane in images.float().unbind(1)])
-    x = x.clamp(0, 1)  # (3, B, size, size)
-    x = torch.lerp(luma(x.mean((2, 3), keepdim=True)), x, 1 + strength("contrast")).clamp(0, 1)
-    x = torch.lerp(luma(x), x, 1 + strength("saturation")).clamp(0, 1)
+    x = (images.float().flatten(1, 2) @ columns[:, 0].mT).unflatten(1, (3, pixels))
+    x = (rows @ x).clamp_(0, 1)  # (B, 3, size, size); from here in place, for the cache's sake
+    grey = luma(x.mean((2, 3), keepdim=True))
+    x.sub_(grey).mul_(1 + strength("contrast")).add_(grey).clamp_(0, 1)
+    x.lerp_(luma(x), -strength("saturation")).clamp_(0, 1)
     x = turn_hue(x, strength("hue"))
-    x = torch.lerp(x, luma(x), happens("grey"))
+    x.lerp_(luma(x), happens("grey"))
     sigma = happens("blur") * (0.1 + 1.9 * next(draws))
     if recipe["blur"] > 0:
         kernel = blurring(sigma, size)
         x = kernel @ x @ kernel.mT
-    x = torch.minimum(x, 2 - happens("solarize") - x)  # if solarized, 1 - x where x > 1/2
-    return torch.stack([(plane - mean) / std for plane, mean, std in zip(x, MEAN, STD)], 1)
+    if recipe["solarize"] > 0:  # 1 - x where x > 1/2
+        x = torch.minimum(x, 2 - happens("solarize") - x)
+    for channel, mean, std in zip(x.unbind(1), MEAN, STD):
+        channel.sub_(mean).div_(std)
+    return x
 
 
-def resampling(start, length, pixels, size):
-    """Antialiased resize of pixels [start, start + length) to size, as weights (B, size, pixels).
-
-    A negative length goes backwards, which mirrors the image.
-    """
-    # weight of pixel j in output o ~ max(0, s - |j + 1/2 - c_o|) if j is inside,
-    # c_o = start + (o + 1/2) r,  r = length / size,  s = max(1, |r|)
-    r = length / size
-    c = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * r
-    j = torch.arange(pixels, device=start.device) + 0.5
-    inside = (length.abs() / 2 + 0.5 - (j - start - length / 2).abs()).clamp(0, 1)
-    weights = (r.abs().clamp(min=1) - (j - c).abs()).clamp(min=0) * inside
+def resampling(start, length, flip, pixels, size):
+    """Antialiased resize of pixels [start, start + length) to size, as weights (size, pixels)."""
+    # the weight of the pixel at x, seen from start, in the output at y is
+    # max(0, s - |x - y length / size|) if x is inside,  s = max(1, length / size)
+    x = torch.arange(pixels, device=start.device) + 0.5 - start
+    y = torch.arange(size, device=start.device)[:, None] + 0.5
+    y = (flip * size - y).abs()  # a flipped view goes backwards from its right edge
+    s = (length / size).clamp(min=1)
+    inside = (x > 0) & (x < length)
+    weights = (s - (x - y * length / size).abs_()).clamp_(min=0).mul_(inside)
     return weights / weights.sum(-1, keepdim=True)
 
 
 def luma(x):
-    """The grey (B, S, S) of colors (3, B, S, S)."""
-    red, green, blue = x
+    """The grey (B, 1, S, S) of colors (B, 3, S, S)."""
+    red, green, blue = x.split(1, 1)
     return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def turn_hue(x, turn):
-    """Colors (3, B, S, S) with their hues turned by turn (B, 1, 1) of a circle, as in HSV."""
-    red, green, blue = x
+    """Colors (B, 3, S, S) with their hues turned by turn (B, 1, 1, 1) of a circle, as in HSV."""
+    red, green, blue = x.split(1, 1)
     high = torch.maximum(torch.maximum(red, green), blue)
     chroma = high - torch.minimum(torch.minimum(red, green), blue)
     # hue in sixths of a circle, times chroma: green - blue where red is highest, and so on;
@@ -439,20 +411,20 @@ def turn_hue(x, turn):
     sixths = torch.lerp(2 * chroma + blue - red, 4 * chroma + red - green, (high - green).sign())
     sixths = torch.lerp(green - blue, sixths, (high - red).sign())
     hue = 6 * (sixths / (6 * chroma).clamp(min=1e-12) + (turn + 2)).frac()
-    # a color is high - chroma up to a sixth from the hue opposite to it, high from two sixths on
-    top = high + chroma
-    return torch.stack([top - chroma * ((hue - k).abs() - 3).abs().clamp(1, 2) for k in (3, 5, 1)])
+    # high + chroma - chroma clamp(| |hue - k| - 3 |, 1, 2),  k = 3, 5, 7 for red, green, blue
+    k = torch.arange(3, 8, 2, device=x.device)[:, None, None]
+    return (hue - k).abs_().sub_(3).abs_().clamp_(1, 2).mul_(-chroma).add_(high + chroma)
 
 
 def blurring(sigma, size):
-    """Gaussian blur of each sample's sigma (B, 1, 1), as weights (B, size, size) of pixels."""
+    """Gaussian blur by each sample's sigma (B, 1, 1, 1), as weights (B, 1, size, size)."""
     radius = max(1, size // 20)
     t = torch.arange(-radius, radius + 1, device=sigma.device)
-    weights = (-0.5 * (t / sigma.clamp(min=1e-3)) ** 2).softmax(-1)  # (B, 1, 2 radius + 1)
+    weights = (-0.5 * (t / sigma.clamp(min=1e-3)) ** 2).softmax(-1)  # (B, 1, 1, 2 radius + 1)
     # pixels[j, i, t] is 1 if pixel i + t - radius, reflected at the edges, is pixel j
     pixels = torch.eye(size, device=sigma.device)[None]
     pixels = F.pad(pixels, (radius, radius), "reflect")[0].unfold(1, 2 * radius + 1, 1)
-    return torch.einsum("bot,jit->bij", weights, pixels)
+    return torch.einsum("bcot,jit->bcij", weights, pixels)
 
 
 # ---- Model and optimizer -------------------------------------------------------------------------
@@ -563,34 +535,29 @@ class Run:
     """A run's folder, in which the first process writes log.jsonl, encoder.pt and checkpoint.pt."""
 
     def __init__(self, args, parts):
-        """Continues from the folder's checkpoint, if there is one."""
-        self.out = Path(args.out)
-        self.settings = vars(args)
-        self.parts = parts  # by name, all that has a state
-        self.saved_at = time.perf_counter()
-        self.written = self.time_written()
-        saved = [load_checkpoint(self.out) if RANK == 0 else None]
+        """Continues from the folder's checkpoint; parts are all that has a state, by name."""
+        self.out, self.settings, self.parts, self.log = Path(args.out), vars(args), parts, []
+        self.written, self.saved_at = self.time_written(), time.perf_counter()
+        found = [load_checkpoint(self.out) or self.save(0) if RANK == 0 else None]
         if WORLD > 1:
-            dist.broadcast_object_list(saved)
-        saved = saved[0] or dict(settings=self.settings, step=0, log=[], states={})
-        self.step, self.log = saved["step"], saved["log"]
+            dist.broadcast_object_list(found)
+        (saved,) = found
         for name, value in self.settings.items():
             old = saved["settings"].get(name)
             if old != value and name not in MAY_CHANGE:
                 sys.exit(f"{self.out} has a run with {name} {old}, not {value}: name another --out")
+        self.step, self.log = saved["step"], saved["log"]
         if self.step > 0 and saved["settings"]["epochs"] < args.epochs:
             say("more --epochs: the learning rate rises again to that of the longer run")
-        for name, state in saved["states"].items():
-            parts[name].load_state_dict(state)
-        if RANK == 0 and self.step == 0:
-            self.save(0)  # so that another run in this folder finds the settings
+        for name, part in parts.items():
+            part.load_state_dict(saved["states"][name])
 
     def time_written(self):
         file = self.out / "checkpoint.pt"
         return file.stat().st_mtime_ns if file.exists() else None
 
     def save(self, step):
-        """Writes each of the files as a whole or not at all."""
+        """Writes and returns a checkpoint; each file appears as a whole or not at all."""
         if self.time_written() != self.written:
             sys.exit(f"another run writes to {self.out}, so this one ends: name another --out")
         states = {name: part.state_dict() for name, part in self.parts.items()}
@@ -607,8 +574,8 @@ class Run:
         for name, content in files.items():
             (self.out / "part").write_bytes(content)
             os.replace(self.out / "part", self.out / name)
-        self.saved_at = time.perf_counter()
-        self.written = self.time_written()
+        self.written, self.saved_at = self.time_written(), time.perf_counter()
+        return saved
 
 
 def serialized(content):
@@ -637,10 +604,10 @@ def probe_accuracy(model, data, args):
     right = torch.zeros((), device=args.device)
     for images, labels in plain_batches(data, args, RANK, WORLD):
         with autocast(args):
-            _, logits = model(normalize(images / 255, MEAN, STD))
+            _, logits = model(images)
         right += (logits.argmax(1) == labels).sum()
     model.train()
-    return 100 * total(right).item() / len(data)
+    return 100 * gather(right[None]).sum().item() / len(data)
 
 
 def train(args, run, train_set, test_set):
@@ -678,7 +645,8 @@ def train(args, run, train_set, test_set):
         epoch_ends = done % per_epoch == 0
         if done % 20 == 0 or epoch_ends:  # only here does the host wait for the device
             top1 = 100 * (logits.argmax(1) == labels).float().mean()
-            values = total(torch.stack([*terms.values(), loss, top1]).detach()) / WORLD
+            values = torch.stack([*terms.values(), loss, top1]).detach()
+            values = gather(values[None]).mean(0)  # over processes
             record = dict(zip([*terms, "loss", "probe_train"], values.tolist()), step=done, lr=lr)
             speed = (done - logged) * args.batch_size / (time.perf_counter() - began)
             record["samples_per_s"] = speed
@@ -695,11 +663,9 @@ def train(args, run, train_set, test_set):
         if RANK == 0 and (overdue or done == steps):
             run.save(done)
     bar.close()
-    say(f"next: python eval.py {run.out}")
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def main(args):
     start(args.device, args.precision)
     for turn in range(3):  # one process, then one of each other node, then all others
         if turn == (RANK > 0) + (LOCAL_RANK > 0):
@@ -722,20 +688,19 @@ def main(argv=None):
         f"{args.criterion}, {args.arch}: {args.images} images of {args.classes} classes,"
         f" {len(test_set)} test images; {WORLD} x {args.device} {args.precision}; {run.out}"
     )
-    try:
-        train(args, run, train_set, test_set)
-    except KeyboardInterrupt:
-        if RANK == 0:
-            say(f"stopped; the same command goes on from step {load_checkpoint(run.out)['step']}")
-        sys.exit(1)
+    train(args, run, train_set, test_set)
+    say(f"next: python eval.py {run.out}")
 
 
 if __name__ == "__main__":
+    args = parse_args()
     try:
-        main()
+        main(args)
     except OSError as error:  # an image reader's message has a traceback before it
         sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped before the first step")
+        saved = load_checkpoint(args.out) or dict(step=0)
+        say(f"stopped; the same command goes on from step {saved['step']}")
+        sys.exit(1)
     if WORLD > 1:
         dist.destroy_process_group()
