@@ -285,7 +285,8 @@ def benchmark(name, n, d, device, compile):
 def benchmark_views():
     """Images per second of one core: torchvision's transforms of PIL images, and train.augment."""
     torch.set_num_threads(1)
-    images, draws = train.shapes(64, 0)[0], torch.rand(64, 14)  # as many as training takes at once
+    images, _ = train.shapes(64, 0)  # as many as training takes at once
+    draws = torch.rand(64, train.DRAWS)
     pil_images = [TF.to_pil_image(image) for image in images]
     jitter = transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)
     operations = [transforms.RandomResizedCrop(32, (0.2, 1)), transforms.RandomHorizontalFlip()]
@@ -778,7 +779,7 @@ RECIPES |= {name: {"jitter": 0.6, name: most} for name, most in strongest.items(
 def test_views_are_torchvisions(name, pixels, size):
     recipe = dict.fromkeys(train.VIEWS, 0) | dict(crop=1) | RECIPES[name]
     images = pictures(60, pixels, pixels)
-    draws = torch.rand(60, 14, generator=torch.Generator().manual_seed(0))
+    draws = torch.rand(60, train.DRAWS, generator=torch.Generator().manual_seed(0))
     found = train.augment(images, draws, recipe, size) * STD + MEAN
     expected = [plain_view(*pair, recipe, size) for pair in zip(images, draws.tolist())]
     assert_close(found, torch.stack(expected), 5e-6)
@@ -878,12 +879,10 @@ def test_streamed_images_are_squares_of_twice_the_size(tmp_path, monkeypatch):
 
 
 MISSING = {
-    "/train'; --data-dir DIR has train/CLASS": lambda root: (root / "train").rename(root / "x"),
-    "/test'; --data-dir DIR has train/CLASS": lambda root: (root / "test").rename(root / "x"),
-    "class.* new.*; --data-dir DIR has": lambda root: (root / "train" / "new").mkdir(),
-    "class b is not in both .*/train and .*/test$": lambda root: (root / "test/b").rename(
-        root / "x"
-    ),
+    "/train'; --data-dir DIR must have": lambda root: (root / "train").rename(root / "x"),
+    "/test'; --data-dir DIR must have": lambda root: (root / "test").rename(root / "x"),
+    "class.* new.*; --data-dir DIR must": lambda root: (root / "train" / "new").mkdir(),
+    "class b is not in both .* and .*": lambda root: (root / "test/b").rename(root / "x"),
 }
 
 
@@ -912,7 +911,7 @@ def test_cifar_is_read_from_its_archive(name, tmp_path, monkeypatch):
 
 def test_a_download_that_fails_names_the_data_set(tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", None)
-    sentence = "^cifar10: .*not callable; --data-dir DIR has its archive .or try shapes.$"
+    sentence = "^cifar10: .*not callable; --data-dir DIR must have its archive .or try shapes.$"
     with pytest.raises(SystemExit, match=sentence):
         train.load(parse(f"--dataset cifar10 --data-dir {tmp_path}"))
 
@@ -1269,7 +1268,7 @@ def test_a_node_without_its_data_says_so_and_both_end(command, tmp_path):
     line = f"train.py {command}"
     (status, _), (other_status, output) = two_nodes([line, f"{line} --data-dir /none"], tmp_path)
     assert status and other_status
-    assert output.count("/none/train'; --data-dir DIR has") == 1, output
+    assert output.count("/none/train'; --data-dir DIR must have") == 1, output
 
 
 # --- Interrupted runs -----------------------------------------------------------------------------
@@ -1349,7 +1348,7 @@ def test_more_epochs_go_on_and_a_complete_run_is_left_alone(command, out, capsys
     train_here(f"{command} --epochs 1")
     assert file_contents(out) == before and "is complete" in capsys.readouterr().err
     train_here(f"{command} --epochs 3")
-    assert "more --epochs: the learning rate rises again" in capsys.readouterr().err
+    assert "more --epochs: learning rate and views' size" in capsys.readouterr().err
     assert log_of(out, "step") == [[5], [10], [15]]
 
 

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
-from torchvision.transforms.functional import normalize
+from torchvision.transforms.v2.functional import normalize, rgb_to_grayscale
 from tqdm import tqdm
 
 from duality import CRITERIA, diagnose, gather
@@ -48,9 +48,11 @@ OPTIMIZERS = {
     "adamw": dict(lr=2e-3, weight_decay=1e-2),
 }
 ARCHS = ["small", *torchvision.models.list_models(torchvision.models, include="*resne[tx]*")]
-# the augmentation: least area of a crop, the jitter's strengths, and probabilities
+# the augmentation: a crop's least share of the area, strengths from brightness to hue, and
+# probabilities of all else
 VIEWS = dict(crop=0.2, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
 VIEWS |= dict(grey=0.2, blur=0.0, solarize=0.0)
+DRAWS = 14  # random numbers that a view takes
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue
 RESIDENT_BYTES = 4 * 2**30  # images that fit in this are held on the device, others are streamed
 MAY_CHANGE = "epochs data_dir workers out save_every compile".split()  # when a run goes on
@@ -97,11 +99,15 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("running").add_argument
     add("--device", choices=devices(), default=devices()[0], help="to train on")
-    add("--precision", choices=["bf16", "fp16", "fp32"], help="of the network; the loss has fp32")
+    add("--precision", choices=["bf16", "fp16", "fp32"], help="of the network; the loss is in fp32")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random")
     add("--out", type=path, help="the run's folder")
     add("--save-every", type=nonnegative, default=120, help="seconds between checkpoints")
-    add("--compile", action="store_true", help="torch.compile network, criterion and views")
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile criterion, views and, in one process, network",
+    )
 
     # parse twice: the first pass only finds what the defaults depend on
     chosen, _ = parser.parse_known_args(argv)
@@ -171,7 +177,8 @@ def keywords(pairs, defaults):
 def devices():
     """The kinds of devices here, the fastest first."""
     mps = torch.backends.mps.is_available() and WORLD == 1  # gloo and NCCL send no MPS tensors
-    return ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
+    here = dict(cuda=torch.cuda.is_available(), mps=mps, cpu=True)
+    return [device for device in here if here[device]]
 
 
 def fastest_precision(device):
@@ -270,17 +277,18 @@ def load(args):
     except Exception as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         needed = "its archive (or try shapes)" if cifar else "train/CLASS/IMAGE and val/CLASS/IMAGE"
-        sys.exit(f"{args.dataset}: {reason}; --data-dir DIR has {needed}")
+        sys.exit(f"{args.dataset}: {reason}; --data-dir DIR must have {needed}")
     classes = sets[0].classes
-    for name in set(classes) ^ set(sets[1].classes):
-        sys.exit(f"class {name} is not in both {sets[0].root} and {sets[1].root}")
+    unmatched = set(classes) ^ set(sets[1].classes)
+    if unmatched:
+        sys.exit(f"class {min(unmatched)} is not in both {sets[0].root} and {sets[1].root}")
     fit = sum(map(len, sets)) * 3 * size**2 <= RESIDENT_BYTES
     side = size if fit else 2 * size
     for i, data in enumerate(sets):
         data.transform = Compose([Resize(side), CenterCrop(side), PILToTensor()])
         if fit:
-            batches = fetch(data, torch.arange(len(data)).split(500), args)
-            batches = tqdm(batches, "reading images", leave=False, disable=None)
+            batches = fetch(data, torch.arange(len(data)).split(100), args)
+            batches = tqdm(batches, "reading images", leave=False, disable=RANK > 0 or None)
             sets[i] = TensorDataset(*map(torch.cat, zip(*batches)))
     return *sets, classes
 
@@ -299,8 +307,8 @@ def fetch(data, batches, args):
 
 def plain_batches(data, args, rank=0, world=1):
     """Yields a process's share of the images, normalized (B, 3, S, S), and labels (B,)."""
-    share = torch.arange(len(data))[rank::world]
-    batches = (indices for indices in share.split(500) if len(indices))
+    indices = torch.arange(len(data))[rank::world]
+    batches = (batch for batch in indices.split(100) if len(batch))
     for images, labels in fetch(data, batches, args):
         images = F.adaptive_avg_pool2d(images / 255, args.image_size)
         yield normalize(images, MEAN, STD), labels
@@ -327,7 +335,7 @@ def training_batches(data, args, first, steps):
         side = args.image_size if grown else max(8, args.image_size * 5 // 8)
         # the 0 tells the key from those of the epochs' orders
         draw = generator(args.device, args.seed, step, 0)
-        draws = torch.rand(2, WORLD, len(labels), 14, generator=draw, device=args.device)
+        draws = torch.rand(2, WORLD, len(labels), DRAWS, generator=draw, device=args.device)
         chunk = 64 if args.device == "cpu" else 2 * len(labels)  # 64 fit in a core's cache
         images = images.repeat(2, 1, 1, 1).split(chunk)
         draws = draws[:, RANK].flatten(0, 1).split(chunk)
@@ -341,7 +349,7 @@ def training_batches(data, args, first, steps):
 def augment(images, draws, recipe, size):
     """Random views (B, 3, size, size), normalized, of square uint8 images (B, 3, P, P).
 
-    draws (B, 14) are uniform in [0, 1), recipe is a dict such as VIEWS.
+    draws (B, DRAWS) are uniform in [0, 1), recipe is a dict such as VIEWS.
     """
     draws = iter(draws.T[..., None, None, None])
 
@@ -366,17 +374,17 @@ def augment(images, draws, recipe, size):
     rows = rows * (brightness / 255)  # cheaper than on the pixels
     x = (images.float().flatten(1, 2) @ columns[:, 0].mT).unflatten(1, (3, pixels))
     x = (rows @ x).clamp_(0, 1)  # (B, 3, size, size); from here in place, for the cache's sake
-    grey = luma(x.mean((2, 3), keepdim=True))
+    grey = rgb_to_grayscale(x.mean((2, 3), keepdim=True))
     x.sub_(grey).mul_(1 + strength("contrast")).add_(grey).clamp_(0, 1)
-    x.lerp_(luma(x), -strength("saturation")).clamp_(0, 1)
+    x.lerp_(rgb_to_grayscale(x), -strength("saturation")).clamp_(0, 1)
     x = turn_hue(x, strength("hue"))
-    x.lerp_(luma(x), happens("grey"))
+    x.lerp_(rgb_to_grayscale(x), happens("grey"))
     sigma = happens("blur") * (0.1 + 1.9 * next(draws))
     if recipe["blur"] > 0:
-        kernel = blurring(sigma, size)
-        x = kernel @ x @ kernel.mT
+        x = blur(x, sigma)
     if recipe["solarize"] > 0:  # 1 - x where x > 1/2
         x = torch.minimum(x, 2 - happens("solarize") - x)
+    # unlike normalize, this copies nothing to the device
     for channel, mean, std in zip(x.unbind(1), MEAN, STD):
         channel.sub_(mean).div_(std)
     return x
@@ -395,12 +403,6 @@ def resampling(start, length, flip, pixels, size):
     return weights / weights.sum(-1, keepdim=True)
 
 
-def luma(x):
-    """The grey (B, 1, S, S) of colors (B, 3, S, S)."""
-    red, green, blue = x.split(1, 1)
-    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
-
-
 def turn_hue(x, turn):
     """Colors (B, 3, S, S) with their hues turned by turn (B, 1, 1, 1) of a circle, as in HSV."""
     red, green, blue = x.split(1, 1)
@@ -416,15 +418,15 @@ def turn_hue(x, turn):
     return (hue - k).abs_().sub_(3).abs_().clamp_(1, 2).mul_(-chroma).add_(high + chroma)
 
 
-def blurring(sigma, size):
-    """Gaussian blur by each sample's sigma (B, 1, 1, 1), as weights (B, 1, size, size)."""
+def blur(x, sigma):
+    """Gaussian blur of x (B, 3, S, S) by sigma (B, 1, 1, 1) pixels, reflected at the edges."""
+    size = x.shape[-1]
     radius = max(1, size // 20)
-    t = torch.arange(-radius, radius + 1, device=sigma.device)
-    weights = (-0.5 * (t / sigma.clamp(min=1e-3)) ** 2).softmax(-1)  # (B, 1, 1, 2 radius + 1)
-    # pixels[j, i, t] is 1 if pixel i + t - radius, reflected at the edges, is pixel j
-    pixels = torch.eye(size, device=sigma.device)[None]
-    pixels = F.pad(pixels, (radius, radius), "reflect")[0].unfold(1, 2 * radius + 1, 1)
-    return torch.einsum("bcot,jit->bcij", weights, pixels)
+    offset = torch.arange(-radius, size + radius, device=x.device)
+    offset = offset - torch.arange(size, device=x.device)[:, None]  # (S, S + 2 radius)
+    kernel = (-0.5 * (offset / sigma.clamp(min=1e-3)) ** 2).exp() * (offset.abs() <= radius)
+    kernel = kernel / kernel.sum(-1, keepdim=True)
+    return kernel @ F.pad(x, [radius] * 4, "reflect") @ kernel.mT
 
 
 # ---- Model and optimizer -------------------------------------------------------------------------
@@ -538,7 +540,9 @@ class Run:
         """Continues from the folder's checkpoint; parts are all that has a state, by name."""
         self.out, self.settings, self.parts, self.log = Path(args.out), vars(args), parts, []
         self.written, self.saved_at = self.time_written(), time.perf_counter()
-        found = [load_checkpoint(self.out) or self.save(0) if RANK == 0 else None]
+        if RANK == 0 and not self.written:
+            self.save(0)
+        found = [load_checkpoint(self.out) if RANK == 0 else None]
         if WORLD > 1:
             dist.broadcast_object_list(found)
         (saved,) = found
@@ -548,7 +552,7 @@ class Run:
                 sys.exit(f"{self.out} has a run with {name} {old}, not {value}: name another --out")
         self.step, self.log = saved["step"], saved["log"]
         if self.step > 0 and saved["settings"]["epochs"] < args.epochs:
-            say("more --epochs: the learning rate rises again to that of the longer run")
+            say("more --epochs: learning rate and views' size are again those of the longer run")
         for name, part in parts.items():
             part.load_state_dict(saved["states"][name])
 
@@ -557,7 +561,7 @@ class Run:
         return file.stat().st_mtime_ns if file.exists() else None
 
     def save(self, step):
-        """Writes and returns a checkpoint; each file appears as a whole or not at all."""
+        """Writes each of the files as a whole or not at all."""
         if self.time_written() != self.written:
             sys.exit(f"another run writes to {self.out}, so this one ends: name another --out")
         states = {name: part.state_dict() for name, part in self.parts.items()}
@@ -575,7 +579,6 @@ class Run:
             (self.out / "part").write_bytes(content)
             os.replace(self.out / "part", self.out / name)
         self.written, self.saved_at = self.time_written(), time.perf_counter()
-        return saved
 
 
 def serialized(content):
