@@ -103,11 +103,7 @@ def parse_args(argv=None):
     add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random")
     add("--out", type=path, help="the run's folder")
     add("--save-every", type=nonnegative, default=120, help="seconds between checkpoints")
-    add(
-        "--compile",
-        action="store_true",
-        help="torch.compile criterion, views and, in one process, network",
-    )
+    add("--compile", action="store_true", help="torch.compile; with torchrun not the network")
 
     # parse twice: the first pass only finds what the defaults depend on
     chosen, _ = parser.parse_known_args(argv)
