@@ -310,7 +310,7 @@ def plain_batches(data, args, rank=0, world=1):
         yield normalize(images, MEAN, STD), labels
 
 
-def training_batches(data, args, first, steps):
+def training_batches(data, args, first):
     """Yields views (2B, 3, S, S), a's before b's, and labels (B,) of this process, from step first.
 
     They depend on the seed and the step, not on the number of processes or on what came before.
@@ -320,14 +320,14 @@ def training_batches(data, args, first, steps):
     operations = torch.compile(augment, dynamic=False) if args.compile else augment
 
     def batches():
-        for step in range(first, steps):
-            epoch, i = divmod(step, per_epoch)
-            if i == 0 or step == first:
-                order = torch.randperm(len(data), generator=generator("cpu", args.seed, epoch))
-            yield order[i * size : (i + 1) * size].chunk(WORLD)[RANK]
+        for epoch in range(first // per_epoch, args.epochs):
+            order = torch.randperm(len(data), generator=generator("cpu", args.seed, epoch))
+            done = max(0, first - epoch * per_epoch)
+            for indices in order.split(size)[done:per_epoch]:
+                yield indices.chunk(WORLD)[RANK]
 
     for step, (images, labels) in enumerate(fetch(data, batches(), args), first):
-        grown = step >= args.grow * steps
+        grown = step >= args.grow * args.epochs * per_epoch
         side = args.image_size if grown else max(8, args.image_size * 5 // 8)
         # the 0 tells the key from those of the epochs' orders
         draw = generator(args.device, args.seed, step, 0)
@@ -619,7 +619,7 @@ def train(args, run, train_set, test_set):
             net = torch.compile(net, dynamic=False)
     per_epoch = len(train_set) // args.batch_size
     steps = args.epochs * per_epoch
-    batches = training_batches(train_set, args, run.step, steps)
+    batches = training_batches(train_set, args, run.step)
     bar = tqdm(total=steps, initial=run.step, unit="step", disable=RANK > 0)
     began, logged = time.perf_counter(), run.step
     for step, (views, labels) in enumerate(batches, run.step):
