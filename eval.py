@@ -69,7 +69,7 @@ def linear_probe(train_x, train_y, test_x, test_y, classes, epochs=100, batch=10
 
 @torch.no_grad()
 def knn(train_x, train_y, test_x, test_y, classes, k=10, temperature=0.07):
-    """Top-1, in %, of the votes of the k nearest features, weighted exp(cosine / temperature)."""
+    """Top-1, in %, of the k nearest features' votes, weighted by exp(cosine / temperature)."""
     train_x = F.normalize(train_x)
     right, chunk = 0, max(1, 2**27 // len(train_x))  # half a gigabyte of cosines at a time
     for x, y in zip(test_x.split(chunk), test_y.split(chunk)):
@@ -82,7 +82,7 @@ def knn(train_x, train_y, test_x, test_y, classes, k=10, temperature=0.07):
 
 @torch.no_grad()
 def embedding_statistics(projector, features, batch):
-    """What the paper says of embeddings (N, D), in a random batch, normalized."""
+    """RankMe of all embeddings, and the paper's measures of a random batch, normalized."""
     z = torch.cat([projector(part) for part in features.split(500)])
     order = torch.randperm(len(z), generator=train.generator("cpu", 0)).to(z.device)
     x = F.normalize(z[order[:batch]])
@@ -103,7 +103,7 @@ def embedding_statistics(projector, features, batch):
 
 
 def evaluate(run, args):
-    """The table, a dict. The network is asserted to be bit-identical afterwards."""
+    """Returns the table, a dict; asserts that the network has not changed."""
     saved = train.load_checkpoint(run) or sys.exit(f"{run} is no folder of a run")
     settings = argparse.Namespace(**saved["settings"])
     settings.data_dir = args.data_dir or settings.data_dir
@@ -162,5 +162,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ImportError, OSError, ValueError) as error:  # the latter of an unknown picture format
+    except (ImportError, OSError, ValueError) as error:  # ValueError: an unknown picture format
         sys.exit(f"eval.py: {str(error).strip().splitlines()[-1]}")

@@ -297,9 +297,8 @@ def benchmark_views():
         runs.append(partial(augment, images, draws, train.VIEWS, 32))
     pil, ours, compiled = (64e3 / ms for ms in median_ms(runs))
     print(
-        f"\nviews of 32-pixel images, one core: {pil:.0f} images/s by torchvision's PIL pipeline,"
-        f" {ours:.0f} by train.augment, ratio {ours / pil:.1f}; compiled {compiled:.0f}, ratio"
-        f" {compiled / pil:.1f}"
+        f"\n32-pixel views, one core, images/s: torchvision's PIL pipeline {pil:.0f}, train.augment"
+        f" {ours:.0f}, ratio {ours / pil:.1f}; compiled {compiled:.0f}, ratio {compiled / pil:.1f}"
     )
 
 
@@ -988,6 +987,11 @@ def optimizers_of(line):
     return model, *train.build_optimizers(args, model)
 
 
+def test_small_begins_with_waves_of_both_signs():
+    waves, negative = train.small()[0][0].weight.detach().flatten(1).chunk(2)
+    assert_close((waves @ waves.T, negative), (torch.eye(16), -waves), 1e-6)
+
+
 def test_lars_is_its_formula():
     model, optimizer, _ = optimizers_of("--optimizer lars --lr 0.3 --weight-decay 0.01")
     params = [*model.encoder.parameters(), *model.projector.parameters()]
@@ -1007,10 +1011,8 @@ def test_lars_is_its_formula():
 
 def test_only_adamws_rate_is_that_of_any_batch_size():
     for name, rate in (("adamw", 0.1), ("sgd", 0.1 * 64 / 256)):
-        _, optimizer, probe_optimizer = optimizers_of(
-            f"--optimizer {name} --lr 0.1 --batch-size 64"
-        )
-        assert (optimizer.defaults["lr"], probe_optimizer.defaults["lr"]) == (rate, 1e-2)
+        _, main, probe = optimizers_of(f"--optimizer {name} --lr 0.1 --batch-size 64")
+        assert (main.defaults["lr"], probe.defaults["lr"]) == (rate, 1e-2)
 
 
 @pytest.mark.parametrize("optimizer", train.OPTIMIZERS)

@@ -54,8 +54,8 @@ VIEWS = dict(crop=0.2, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, satur
 VIEWS |= dict(grey=0.2, blur=0.0, solarize=0.0)
 DRAWS = 14  # random numbers that a view takes
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue
-RESIDENT_BYTES = 4 * 2**30  # images that fit in this are held on the device, others are streamed
-MAY_CHANGE = "epochs data_dir workers out save_every compile".split()  # when a run goes on
+RESIDENT_BYTES = 4 * 2**30  # data sets that fit in this are held on the device, others streamed
+MAY_CHANGE = "epochs data_dir workers out save_every compile".split()  # on resuming
 
 # torchrun's processes: how many, the number of this one, and its number on its node
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -71,7 +71,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 def parse_args(argv=None):
-    text = f"{__doc__}\nDefaults depend on --dataset, --criterion, --arch and --optimizer."
+    text = f"{__doc__}\nDefaults depend on --dataset, --criterion, --arch, --optimizer, --device."
     parser = argparse.ArgumentParser("train.py", "%(prog)s [options]", text, add_help=False)
     parser.formatter_class = HelpFormatter
     pairs = dict(nargs="+", action="extend", default=[], metavar="NAME=VALUE")
@@ -190,7 +190,7 @@ def start(device, precision):
         torch.cuda.set_device(gpu)
         torch.backends.cudnn.benchmark = True  # shapes hardly ever change
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
-        # "high" is TF32, which has more bits than bf16 and fp16
+        # "high" is TF32: as precise as fp16, more so than bf16
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     if WORLD > 1:
         hour = timedelta(hours=1)  # the first process may have to download the data
@@ -240,7 +240,7 @@ def shapes(n, seed, size=32, device="cpu"):
     left, top, radius, phase, angle, frequency, inverted = draw(7, n, 1, 1, 1)
     axis = torch.linspace(-1, 1, size)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    # the flower is repeated twice in each direction, so that most crops show it
+    # the flower appears twice in each direction, so that most crops show it
     u = (x + left) % 1 - 0.5
     v = (y + top) % 1 - 0.5
     edge = (0.25 + 0.1 * radius) * (1 + 0.5 * (petals * torch.atan2(v, u) + 7 * phase).sin())
@@ -445,10 +445,10 @@ class Model(nn.Module):
 
 
 def small():
-    """An encoder for CPUs, and its number of features. It begins with the 3x3 cosine transform of
-    grey and two colors, with both signs, which is about what whitened patches of photos are."""
+    """An encoder for CPUs, and its number of features. Its first filters start as 3x3 cosine waves
+    of grey and two colors, with both signs: roughly the principal components of photos."""
     d = F.normalize(torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]]))
-    waves = torch.einsum("ac,yi,xj->ayxcij", d, d, d)  # a is grey or a color; frequencies y, x
+    waves = torch.einsum("ac,yi,xj->ayxcij", d, d, d)  # (color, y and x frequency, 3, 3, 3)
     waves = torch.cat([waves[0].flatten(0, 1)[:8], waves[1:, :2, :2].flatten(0, 2)])
     layers = []
     for width, n in [(3, 32), (32, 64), (64, 128), (128, 256)]:
@@ -460,7 +460,7 @@ def small():
 
 
 def resnet(arch, image_size):
-    """torchvision's ResNet, for small images with a 3x3 stem and no max-pool; its features."""
+    """torchvision's ResNet, up to 64 pixels with a 3x3 stem and no max-pool; its features."""
     encoder = torchvision.models.get_model(arch, weights=None)
     features = encoder.fc.in_features
     encoder.fc = nn.Identity()
@@ -515,7 +515,7 @@ def distribute(model, args):
         return model
     if args.device == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    else:  # torch's SyncBatchNorm refuses CPUs: gather the batch before, keep the own part after
+    else:  # torch's SyncBatchNorm refuses CPUs: gather the batch before, take the own part after
         for module in model.modules():
             if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 module.register_forward_pre_hook(gather_batch)
@@ -647,7 +647,7 @@ def train(args, run, train_set, test_set):
         bar.update()
         done = step + 1
         epoch_ends = done % per_epoch == 0
-        if done % 20 == 0 or epoch_ends:  # only here does the host wait for the device
+        if done % 20 == 0 or epoch_ends:  # at other steps the host does not wait for a GPU
             top1 = 100 * (logits.argmax(1) == labels).float().mean()
             values = torch.stack([*terms.values(), loss, top1]).detach()
             values = gather(values[None]).mean(0)  # over processes
