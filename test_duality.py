@@ -987,11 +987,6 @@ def optimizers_of(line):
     return model, *train.build_optimizers(args, model)
 
 
-def test_small_begins_with_waves_of_both_signs():
-    waves, negative = train.small()[0][0].weight.detach().flatten(1).chunk(2)
-    assert_close((waves @ waves.T, negative), (torch.eye(16), -waves), 1e-6)
-
-
 def test_lars_is_its_formula():
     model, optimizer, _ = optimizers_of("--optimizer lars --lr 0.3 --weight-decay 0.01")
     params = [*model.encoder.parameters(), *model.projector.parameters()]

@@ -445,17 +445,12 @@ class Model(nn.Module):
 
 
 def small():
-    """An encoder for CPUs, and its number of features. Its first filters start as 3x3 cosine waves
-    of grey and two colors, with both signs: roughly the principal components of photos."""
-    d = F.normalize(torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]]))
-    waves = torch.einsum("ac,yi,xj->ayxcij", d, d, d)  # (color, y and x frequency, 3, 3, 3)
-    waves = torch.cat([waves[0].flatten(0, 1)[:8], waves[1:, :2, :2].flatten(0, 2)])
+    """An encoder for CPUs, and its number of features."""
     layers = []
     for width, n in [(3, 32), (32, 64), (64, 128), (128, 256)]:
         pool = nn.MaxPool2d(2, ceil_mode=True) if n < 256 else nn.Identity()
         convolution = nn.Conv2d(width, n, 3, padding=1, bias=False)
         layers += [convolution, pool, nn.BatchNorm2d(n), nn.ReLU(True)]
-    layers[0].weight.data.copy_(torch.cat([waves, -waves]))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 256
 
 
