@@ -255,7 +255,7 @@ def shapes(n, seed, size=32, device="cpu"):
 def load(args):
     """Training set, test set, and the names of the classes.
 
-    Images are central squares, uint8 (3, P, P): P = S if all fit on the device, else P = 2 S.
+    Images are central squares, uint8 (3, P, P); P is a view's size, or twice that if streamed.
     """
     size, root = args.image_size, Path(args.data_dir)
     if args.dataset == "shapes":
