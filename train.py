@@ -193,6 +193,8 @@ def start(device, precision):
         # "high" is TF32: as precise as fp16, more so than bf16
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     if WORLD > 1:
+        if "MASTER_ADDR" not in os.environ:
+            sys.exit("WORLD_SIZE is set: start several processes with torchrun")
         hour = timedelta(hours=1)  # the first process may have to download the data
         dist.init_process_group("nccl" if gpu else "gloo", timeout=hour, device_id=gpu)
 
@@ -306,7 +308,7 @@ def plain_batches(data, args, rank=0, world=1):
     indices = torch.arange(len(data))[rank::world]
     batches = (batch for batch in indices.split(100) if len(batch))
     for images, labels in fetch(data, batches, args):
-        images = F.adaptive_avg_pool2d(images / 255, args.image_size)
+        images = F.adaptive_avg_pool2d(images / 255, args.image_size)  # halves streamed ones
         yield normalize(images, MEAN, STD), labels
 
 
