@@ -320,25 +320,23 @@ def training_batches(data, args, first):
     size = args.batch_size
     per_epoch = len(data) // size
     operations = torch.compile(augment, dynamic=False) if args.compile else augment
-
-    def batches():
-        for epoch in range(first // per_epoch, args.epochs):
-            order = torch.randperm(len(data), generator=generator("cpu", args.seed, epoch))
-            done = max(0, first - epoch * per_epoch)
-            for indices in order.split(size)[done:per_epoch]:
-                yield indices.chunk(WORLD)[RANK]
-
-    for step, (images, labels) in enumerate(fetch(data, batches(), args), first):
-        grown = step >= args.grow * args.epochs * per_epoch
-        side = args.image_size if grown else max(8, args.image_size * 5 // 8)
-        # the 0 tells the key from those of the epochs' orders
-        draw = generator(args.device, args.seed, step, 0)
-        draws = torch.rand(2, WORLD, len(labels), DRAWS, generator=draw, device=args.device)
-        chunk = 64 if args.device == "cpu" else 2 * len(labels)  # 64 fit in a core's cache
-        images = images.repeat(2, 1, 1, 1).split(chunk)
-        draws = draws[:, RANK].flatten(0, 1).split(chunk)
-        views = torch.cat([operations(*pair, args.views, side) for pair in zip(images, draws)])
-        yield views.to(memory_format=memory_format(args.device)), labels
+    for epoch in range(first // per_epoch, args.epochs):
+        order = torch.randperm(len(data), generator=generator("cpu", args.seed, epoch))
+        begin = max(first, epoch * per_epoch)
+        batches = order.split(size)[begin % per_epoch : per_epoch]
+        shares = [indices.chunk(WORLD)[RANK] for indices in batches]
+        for step, (images, labels) in enumerate(fetch(data, shares, args), begin):
+            grown = step >= args.grow * args.epochs * per_epoch
+            side = args.image_size if grown else max(8, args.image_size * 5 // 8)
+            # the 0 tells the key from those of the epochs' orders
+            draw = generator(args.device, args.seed, step, 0)
+            draws = torch.rand(2, WORLD, len(labels), DRAWS, generator=draw, device=args.device)
+            images, draws = images.repeat(2, 1, 1, 1), draws[:, RANK].flatten(0, 1)
+            # on a CPU as many at a time as a core's cache holds
+            chunk = max(1, 2**16 // side**2) if args.device == "cpu" else len(images)
+            pairs = zip(images.split(chunk), draws.split(chunk))
+            views = torch.cat([operations(*pair, args.views, side) for pair in pairs])
+            yield views.to(memory_format=memory_format(args.device)), labels
 
 
 # ---- Views ---------------------------------------------------------------------------------------
@@ -349,39 +347,33 @@ def augment(images, draws, recipe, size):
 
     draws (B, DRAWS) are uniform in [0, 1), recipe is a dict such as VIEWS.
     """
-    draws = iter(draws.T[..., None, None, None])
-
-    def happens(name):  # 1 with the recipe's probability, else 0
-        return (next(draws) < recipe[name]).float()
-
-    def strength(name):
-        return jitter * recipe[name] * (2 * next(draws) - 1)
+    numbers = draws.T[..., None, None, None].split([2, 2, 2, 4, 4])
+    (area, aspect), corners, (flip, jitter), shifts, (grey, blurred, sigma, solarized) = numbers
 
     # torchvision draws a crop again if one of its sides is longer than the image's; here it is cut
     pixels = images.shape[-1]
-    area = (recipe["crop"] + (1 - recipe["crop"]) * next(draws)) * pixels**2
-    aspect = ((2 * next(draws) - 1) * math.log(4 / 3) * (recipe["crop"] < 1)).exp()
+    area = (recipe["crop"] + (1 - recipe["crop"]) * area) * pixels**2
+    aspect = ((2 * aspect - 1) * math.log(4 / 3) * (recipe["crop"] < 1)).exp()
     lengths = torch.stack([area / aspect, area * aspect]).sqrt().round().clamp(1, pixels)
-    top, left = next(draws), next(draws)
-    starts = (torch.stack([top, left]) * (pixels - lengths + 1)).floor()
-    flips = torch.stack([torch.zeros_like(top), happens("flip")])
+    starts = (corners * (pixels - lengths + 1)).floor()
+    flips = torch.stack([torch.zeros_like(flip), (flip < recipe["flip"]).float()])
     rows, columns = resampling(starts, lengths, flips, pixels, size)
 
-    jitter = happens("jitter")
-    brightness = 1 + strength("brightness")
-    rows = rows * (brightness / 255)  # cheaper than on the pixels
+    shifts = (jitter < recipe["jitter"]) * (2 * shifts - 1)
+    strengths = [recipe[name] for name in ("brightness", "contrast", "saturation", "hue")]
+    brightness, contrast, saturation, hue = map(torch.mul, shifts, strengths)
+    rows.mul_((1 + brightness) / 255)  # cheaper than on the pixels
     x = (images.float().flatten(1, 2) @ columns[:, 0].mT).unflatten(1, (3, pixels))
     x = (rows @ x).clamp_(0, 1)  # (B, 3, size, size); from here in place, for the cache's sake
-    grey = rgb_to_grayscale(x.mean((2, 3), keepdim=True))
-    x.sub_(grey).mul_(1 + strength("contrast")).add_(grey).clamp_(0, 1)
-    x.lerp_(rgb_to_grayscale(x), -strength("saturation")).clamp_(0, 1)
-    x = turn_hue(x, strength("hue"))
-    x.lerp_(rgb_to_grayscale(x), happens("grey"))
-    sigma = happens("blur") * (0.1 + 1.9 * next(draws))
+    mean = rgb_to_grayscale(x.mean((2, 3), keepdim=True))
+    x.mul_(1 + contrast).sub_(contrast * mean).clamp_(0, 1)
+    x.lerp_(rgb_to_grayscale(x), -saturation).clamp_(0, 1)
+    x = turn_hue(x, hue)
+    x.lerp_(rgb_to_grayscale(x), (grey < recipe["grey"]).float())
     if recipe["blur"] > 0:
-        x = blur(x, sigma)
-    if recipe["solarize"] > 0:  # 1 - x where x > 1/2
-        x = torch.minimum(x, 2 - happens("solarize") - x)
+        x = blur(x, (blurred < recipe["blur"]) * (0.1 + 1.9 * sigma))
+    if recipe["solarize"] > 0:
+        x = torch.where((solarized < recipe["solarize"]) & (x > 0.5), 1 - x, x)
     # unlike normalize, this copies nothing to the device
     for channel, mean, std in zip(x.unbind(1), MEAN, STD):
         channel.sub_(mean).div_(std)
@@ -391,29 +383,31 @@ def augment(images, draws, recipe, size):
 def resampling(start, length, flip, pixels, size):
     """Antialiased resize of pixels [start, start + length) to size, as weights (size, pixels)."""
     # the weight of the pixel at x, seen from start, in the output at y is
-    # max(0, s - |x - y length / size|) if x is inside,  s = max(1, length / size)
+    # max(0, s - |x - y length / size|),  s = max(1, length / size);  those outside are far away
     x = torch.arange(pixels, device=start.device) + 0.5 - start
+    x = torch.where((x > 0) & (x < length), x, math.inf)
     y = torch.arange(size, device=start.device)[:, None] + 0.5
     y = (flip * size - y).abs()  # a flipped view goes backwards from its right edge
     s = (length / size).clamp(min=1)
-    inside = (x > 0) & (x < length)
-    weights = (s - (x - y * length / size).abs_()).clamp_(min=0).mul_(inside)
-    return weights / weights.sum(-1, keepdim=True)
+    weights = (s - (x - y * length / size).abs_()).clamp_(min=0)
+    return weights.div_(weights.sum(-1, keepdim=True))
 
 
 def turn_hue(x, turn):
     """Colors (B, 3, S, S) with their hues turned by turn (B, 1, 1, 1) of a circle, as in HSV."""
     red, green, blue = x.split(1, 1)
-    high = torch.maximum(torch.maximum(red, green), blue)
-    chroma = high - torch.minimum(torch.minimum(red, green), blue)
+    high = x.amax(1, keepdim=True)
+    chroma = high - x.amin(1, keepdim=True)
     # hue in sixths of a circle, times chroma: green - blue where red is highest, and so on;
     # sign() is 0 where the color is the highest, else 1
-    sixths = torch.lerp(2 * chroma + blue - red, 4 * chroma + red - green, (high - green).sign())
-    sixths = torch.lerp(green - blue, sixths, (high - red).sign())
-    hue = 6 * (sixths / (6 * chroma).clamp(min=1e-12) + (turn + 2)).frac()
+    sixths = (2 * chroma).add_(blue).sub_(red)
+    sixths.lerp_((4 * chroma).add_(red).sub_(green), (high - green).sign_())
+    sixths = (green - blue).lerp_(sixths, (high - red).sign_())
+    hue = sixths.div_((6 * chroma).clamp_(min=1e-12)).add_(turn + 2).frac_().mul_(6)
     # high + chroma - chroma clamp(| |hue - k| - 3 |, 1, 2),  k = 3, 5, 7 for red, green, blue
     k = torch.arange(3, 8, 2, device=x.device)[:, None, None]
-    return (hue - k).abs_().sub_(3).abs_().clamp_(1, 2).mul_(-chroma).add_(high + chroma)
+    distance = (hue - k).abs_().sub_(3).abs_().clamp_(1, 2)
+    return torch.addcmul(high + chroma, chroma, distance, value=-1)
 
 
 def blur(x, sigma):
