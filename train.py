@@ -353,7 +353,7 @@ def augment(images, draws, recipe, size):
     # torchvision draws a crop again if one of its sides is longer than the image's; here it is cut
     pixels = images.shape[-1]
     area = (recipe["crop"] + (1 - recipe["crop"]) * area) * pixels**2
-    aspect = ((2 * aspect - 1) * math.log(4 / 3) * (recipe["crop"] < 1)).exp()
+    aspect = (math.log(4 / 3) * (recipe["crop"] < 1) * (2 * aspect - 1)).exp()
     lengths = torch.stack([area / aspect, area * aspect]).sqrt().round().clamp(1, pixels)
     starts = (corners * (pixels - lengths + 1)).floor()
     flips = torch.stack([torch.zeros_like(flip), (flip < recipe["flip"]).float()])
@@ -365,8 +365,8 @@ def augment(images, draws, recipe, size):
     rows.mul_((1 + brightness) / 255)  # cheaper than on the pixels
     x = (images.float().flatten(1, 2) @ columns[:, 0].mT).unflatten(1, (3, pixels))
     x = (rows @ x).clamp_(0, 1)  # (B, 3, size, size); from here in place, for the cache's sake
-    mean = rgb_to_grayscale(x.mean((2, 3), keepdim=True))
-    x.mul_(1 + contrast).sub_(contrast * mean).clamp_(0, 1)
+    center = rgb_to_grayscale(x.mean((2, 3), keepdim=True))
+    x.mul_(1 + contrast).sub_(contrast * center).clamp_(0, 1)
     x.lerp_(rgb_to_grayscale(x), -saturation).clamp_(0, 1)
     x = turn_hue(x, hue)
     x.lerp_(rgb_to_grayscale(x), (grey < recipe["grey"]).float())
@@ -383,31 +383,31 @@ def augment(images, draws, recipe, size):
 def resampling(start, length, flip, pixels, size):
     """Antialiased resize of pixels [start, start + length) to size, as weights (size, pixels)."""
     # the weight of the pixel at x, seen from start, in the output at y is
-    # max(0, s - |x - y length / size|),  s = max(1, length / size);  those outside are far away
+    # max(0, max(1, scale) - |x - scale y|) over their sum,  scale = length / size
+    scale = length / size
     x = torch.arange(pixels, device=start.device) + 0.5 - start
-    x = torch.where((x > 0) & (x < length), x, math.inf)
+    x = torch.where((x > 0) & (x < length), x, math.inf)  # others have no weight
     y = torch.arange(size, device=start.device)[:, None] + 0.5
     y = (flip * size - y).abs()  # a flipped view goes backwards from its right edge
-    s = (length / size).clamp(min=1)
-    weights = (s - (x - y * length / size).abs_()).clamp_(min=0)
-    return weights.div_(weights.sum(-1, keepdim=True))
+    minus = (x - scale * y).abs_().sub_(scale.clamp(min=1)).clamp_(max=0)
+    return minus.div_(minus.sum(-1, keepdim=True))
 
 
 def turn_hue(x, turn):
     """Colors (B, 3, S, S) with their hues turned by turn (B, 1, 1, 1) of a circle, as in HSV."""
     red, green, blue = x.split(1, 1)
-    high = x.amax(1, keepdim=True)
-    chroma = high - x.amin(1, keepdim=True)
-    # hue in sixths of a circle, times chroma: green - blue where red is highest, and so on;
-    # sign() is 0 where the color is the highest, else 1
-    sixths = (2 * chroma).add_(blue).sub_(red)
-    sixths.lerp_((4 * chroma).add_(red).sub_(green), (high - green).sign_())
-    sixths = (green - blue).lerp_(sixths, (high - red).sign_())
-    hue = sixths.div_((6 * chroma).clamp_(min=1e-12)).add_(turn + 2).frac_().mul_(6)
+    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    chroma = (high - low).clamp_(min=1e-12)
+    # hue as a share of the circle: 0 is red, 1/2 cyan, and below 0 blue > green; its size is
+    # u = |green - blue| / (6 chroma) where red is the highest color, 1/2 - u where it is the lowest
+    hue = (green - blue).div_(chroma).div_(6)
+    u = hue.abs()
+    hue = (0.5 - u).lerp_(u, (red - low).div_(chroma)).copysign_(hue)
+    hue.add_(turn + 2).frac_().mul_(6)
     # high + chroma - chroma clamp(| |hue - k| - 3 |, 1, 2),  k = 3, 5, 7 for red, green, blue
     k = torch.arange(3, 8, 2, device=x.device)[:, None, None]
     distance = (hue - k).abs_().sub_(3).abs_().clamp_(1, 2)
-    return torch.addcmul(high + chroma, chroma, distance, value=-1)
+    return torch.addcmul(high.add_(chroma), chroma, distance, value=-1)
 
 
 def blur(x, sigma):
