@@ -223,7 +223,7 @@ def generator(device, *key):
 
 
 def read_image(file, size):
-    """The image in RGB. OSError names a file that is damaged or has more than 8 bits a channel."""
+    """The image in RGB. OSError names a file that is damaged, or grey in more than 8 bits."""
     try:
         with Image.open(file) as image:
             if image.mode.startswith(("I", "F")):
@@ -292,21 +292,20 @@ def load(args):
 
 
 def fetch(data, batches, args):
-    """Yields images, uint8 (B, 3, P, P), and labels (B,) of batches of indices, on the device."""
+    """Iterates over images, uint8 (B, 3, P, P), and labels (B,), on the device, by indices."""
     cuda = args.device == "cuda"
+    move = partial(torch.Tensor.to, device=args.device, non_blocking=cuda)
     if isinstance(data, TensorDataset):
-        yield from (data[indices.to(args.device, non_blocking=cuda)] for indices in batches)
-        return
+        return (data[move(indices)] for indices in batches)
     lists = (indices.tolist() for indices in batches)
     loader = DataLoader(data, batch_sampler=lists, num_workers=args.workers, pin_memory=cuda)
-    for images, labels in loader:
-        yield images.to(args.device, non_blocking=cuda), labels.to(args.device, non_blocking=cuda)
+    return (map(move, batch) for batch in loader)
 
 
 def plain_batches(data, args, rank=0, world=1):
     """Yields a process's share of the images, normalized (B, 3, S, S), and labels (B,)."""
     indices = torch.arange(len(data))[rank::world]
-    batches = (batch for batch in indices.split(100) if len(batch))
+    batches = indices.split(100) if len(indices) else []
     for images, labels in fetch(data, batches, args):
         images = F.adaptive_avg_pool2d(images / 255, args.image_size)  # halves streamed ones
         yield normalize(images, MEAN, STD), labels
@@ -322,7 +321,7 @@ def training_batches(data, args, first):
     operations = torch.compile(augment, dynamic=False) if args.compile else augment
     for epoch in range(first // per_epoch, args.epochs):
         order = torch.randperm(len(data), generator=generator("cpu", args.seed, epoch))
-        begin = max(first, epoch * per_epoch)
+        begin = max(first, epoch * per_epoch)  # the first epoch may go on in its middle
         batches = order.split(size)[begin % per_epoch : per_epoch]
         shares = [indices.chunk(WORLD)[RANK] for indices in batches]
         for step, (images, labels) in enumerate(fetch(data, shares, args), begin):
@@ -331,10 +330,10 @@ def training_batches(data, args, first):
             # the 0 tells the key from those of the epochs' orders
             draw = generator(args.device, args.seed, step, 0)
             draws = torch.rand(2, WORLD, len(labels), DRAWS, generator=draw, device=args.device)
-            images, draws = images.repeat(2, 1, 1, 1), draws[:, RANK].flatten(0, 1)
-            # on a CPU as many at a time as a core's cache holds
-            chunk = max(1, 2**16 // side**2) if args.device == "cpu" else len(images)
-            pairs = zip(images.split(chunk), draws.split(chunk))
+            draws = draws[:, RANK].flatten(0, 1)  # the same numbers for any number of processes
+            # on a CPU as many views at a time as a core's cache holds
+            chunk = max(1, 2**16 // side**2) if args.device == "cpu" else len(draws)
+            pairs = zip(images.repeat(2, 1, 1, 1).split(chunk), draws.split(chunk))
             views = torch.cat([operations(*pair, args.views, side) for pair in pairs])
             yield views.to(memory_format=memory_format(args.device)), labels
 
@@ -347,7 +346,7 @@ def augment(images, draws, recipe, size):
 
     draws (B, DRAWS) are uniform in [0, 1), recipe is a dict such as VIEWS.
     """
-    numbers = draws.T[..., None, None, None].split([2, 2, 2, 4, 4])
+    numbers = draws.T[..., None, None, None].split([2, 2, 2, 4, 4])  # (B, 1, 1, 1) each
     (area, aspect), corners, (flip, jitter), shifts, (grey, blurred, sigma, solarized) = numbers
 
     # torchvision draws a crop again if one of its sides is longer than the image's; here it is cut
@@ -362,7 +361,7 @@ def augment(images, draws, recipe, size):
     shifts = (jitter < recipe["jitter"]) * (2 * shifts - 1)
     strengths = [recipe[name] for name in ("brightness", "contrast", "saturation", "hue")]
     brightness, contrast, saturation, hue = map(torch.mul, shifts, strengths)
-    rows.mul_((1 + brightness) / 255)  # cheaper than on the pixels
+    rows.mul_((1 + brightness) / 255)  # here it is cheaper than on the pixels
     x = (images.float().flatten(1, 2) @ columns[:, 0].mT).unflatten(1, (3, pixels))
     x = (rows @ x).clamp_(0, 1)  # (B, 3, size, size); from here in place, for the cache's sake
     center = rgb_to_grayscale(x.mean((2, 3), keepdim=True))
@@ -389,8 +388,8 @@ def resampling(start, length, flip, pixels, size):
     x = torch.where((x > 0) & (x < length), x, math.inf)  # others have no weight
     y = torch.arange(size, device=start.device)[:, None] + 0.5
     y = (flip * size - y).abs()  # a flipped view goes backwards from its right edge
-    minus = (x - scale * y).abs_().sub_(scale.clamp(min=1)).clamp_(max=0)
-    return minus.div_(minus.sum(-1, keepdim=True))
+    weights = (x - scale * y).abs_().sub_(scale.clamp(min=1)).clamp_(max=0)  # times -1
+    return weights.div_(weights.sum(-1, keepdim=True))
 
 
 def turn_hue(x, turn):
@@ -399,15 +398,17 @@ def turn_hue(x, turn):
     high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     chroma = (high - low).clamp_(min=1e-12)
     # hue as a share of the circle: 0 is red, 1/2 cyan, and below 0 blue > green; its size is
-    # u = |green - blue| / (6 chroma) where red is the highest color, 1/2 - u where it is the lowest
+    # u = |green - blue| / (6 chroma) where red is highest, 1/2 - u where red is lowest, and
+    # between them it falls from 1/3 to 1/6 as red rises, while u is 1/6: one lerp is all three
     hue = (green - blue).div_(chroma).div_(6)
     u = hue.abs()
     hue = (0.5 - u).lerp_(u, (red - low).div_(chroma)).copysign_(hue)
-    hue.add_(turn + 2).frac_().mul_(6)
-    # high + chroma - chroma clamp(| |hue - k| - 3 |, 1, 2),  k = 3, 5, 7 for red, green, blue
+    hue.add_(turn + 2).frac_().mul_(6)  # from here in sixths of the circle, 0 to 6
+    # high - chroma clamp(d - 1, 0, 1),  d = | |hue - k| - 3 | sixths from the channel's own hue,
+    # k = 3, 5, 7 for red, green, blue
     k = torch.arange(3, 8, 2, device=x.device)[:, None, None]
-    distance = (hue - k).abs_().sub_(3).abs_().clamp_(1, 2)
-    return torch.addcmul(high.add_(chroma), chroma, distance, value=-1)
+    d = (hue - k).abs_().sub_(3).abs_()
+    return torch.addcmul(high.add_(chroma), chroma, d.clamp_(1, 2), value=-1)
 
 
 def blur(x, sigma):
