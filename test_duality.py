@@ -854,8 +854,9 @@ def test_an_epoch_has_each_image_once_in_two_views_of_it(tmp_path):
 @pytest.mark.usefixtures("held_or_streamed")
 def test_processes_parts_are_one_processs_batch(tmp_path, monkeypatch):
     save_images(tmp_path, pictures(20))
-    line, parts = f"--data-dir {tmp_path} --batch-size 6 --workers", []
-    (views, labels), _ = batches(f"{line} 2", 4, 6)
+    line, parts = f"--data-dir {tmp_path} --batch-size 6 --epochs 2 --grow 0.75 --workers", []
+    (views, labels), (grown_views, _) = batches(f"{line} 2", 4, 6)
+    assert (views.shape[-1], grown_views.shape[-1]) == (40, 64)
     monkeypatch.setattr(train, "WORLD", 2)
     for rank in range(2):
         monkeypatch.setattr(train, "RANK", rank)

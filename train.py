@@ -305,8 +305,7 @@ def fetch(data, batches, args):
 def plain_batches(data, args, rank=0, world=1):
     """Yields a process's share of the images, normalized (B, 3, S, S), and labels (B,)."""
     indices = torch.arange(len(data))[rank::world]
-    batches = indices.split(100) if len(indices) else []
-    for images, labels in fetch(data, batches, args):
+    for images, labels in fetch(data, indices.split(100), args):
         images = F.adaptive_avg_pool2d(images / 255, args.image_size)  # halves streamed ones
         yield normalize(images, MEAN, STD), labels
 
