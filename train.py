@@ -320,7 +320,7 @@ def training_batches(data, args, first):
     operations = torch.compile(augment, dynamic=False) if args.compile else augment
     for epoch in range(first // per_epoch, args.epochs):
         order = torch.randperm(len(data), generator=generator("cpu", args.seed, epoch))
-        begin = max(first, epoch * per_epoch)  # the first epoch may go on in its middle
+        begin = max(first, epoch * per_epoch)  # a resumed epoch goes on in its middle
         batches = order.split(size)[begin % per_epoch : per_epoch]
         shares = [indices.chunk(WORLD)[RANK] for indices in batches]
         for step, (images, labels) in enumerate(fetch(data, shares, args), begin):
