@@ -8,6 +8,7 @@ python eval.py runs/* --plot runs.png               # the online probes' accurac
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="a folder that train.py has written")
     add("--random-init", action="store_true", help="evaluate the encoder before its training")
-    add("--data-dir", type=train.path, help="if the data are no longer where the run had them")
+    add("--data-dir", type=os.path.abspath, help="if not the data that the run had")
     add("--device", choices=train.devices(), default=train.devices()[0], help="to compute on")
     add("--epochs", type=train.number(int, 1, 1e6), default=100, help="of the linear probe")
     add("--k", type=train.number(int, 1, 1e6), default=10, help="nearest neighbors")
@@ -39,9 +40,14 @@ def parse_args(argv=None):
 @torch.no_grad()
 def extract(encoder, data, args):
     """Features (N, F), in float32, and labels (N,) of a set's images, not augmented."""
-    batches = tqdm(train.plain_batches(data, args), "features", leave=False, disable=None)
-    pairs = [(encoder(images), labels) for images, labels in batches]
-    return [torch.cat(tensors) for tensors in zip(*pairs)]
+    features, labels, end = None, torch.empty(len(data), dtype=torch.int64), 0
+    for images, y in tqdm(train.plain_batches(data, args), "features", leave=False, disable=None):
+        x = encoder(images)
+        if features is None:  # one array, filled in place: for ImageNet it has 10 GB
+            features, labels = x.new_empty(len(data), x.shape[1]), labels.to(x.device)
+        begin, end = end, end + len(x)
+        features[begin:end], labels[begin:end] = x, y
+    return features, labels
 
 
 def linear_probe(train_x, train_y, test_x, test_y, classes, epochs=100, batch=1000, lr=0.03):
@@ -54,7 +60,7 @@ def linear_probe(train_x, train_y, test_x, test_y, classes, epochs=100, batch=10
     steps = epochs * math.ceil(len(train_x) / batch)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for epoch in tqdm(range(epochs), "linear probe", leave=False, disable=None):
-        order = torch.randperm(len(train_x), generator=train.generator("cpu", epoch))
+        order = torch.randperm(len(train_x), generator=train.generator(epoch))
         for index in order.to(train_x.device).split(batch):
             logits = probe((train_x[index] - mean) / std)
             F.cross_entropy(logits, train_y[index]).backward()
@@ -70,10 +76,11 @@ def linear_probe(train_x, train_y, test_x, test_y, classes, epochs=100, batch=10
 @torch.no_grad()
 def knn(train_x, train_y, test_x, test_y, classes, k=10, temperature=0.07):
     """Top-1, in %, of the k nearest features' votes, weighted by exp(cosine / temperature)."""
-    train_x = F.normalize(train_x)
+    lengths = train_x.norm(dim=1).clamp_min(1e-12)
     right, chunk = 0, max(1, 2**27 // len(train_x))  # half a gigabyte of cosines at a time
     for x, y in zip(test_x.split(chunk), test_y.split(chunk)):
-        nearest = (F.normalize(x) @ train_x.T).topk(min(k, len(train_x)))
+        cosines = (F.normalize(x) @ train_x.T).div_(lengths)
+        nearest = cosines.topk(min(k, len(train_x)))
         votes = torch.zeros(len(x), classes, device=x.device)
         votes.scatter_add_(1, train_y[nearest.indices], (nearest.values / temperature).exp())
         right += (votes.argmax(1) == y).sum().item()
@@ -84,7 +91,7 @@ def knn(train_x, train_y, test_x, test_y, classes, k=10, temperature=0.07):
 def embedding_statistics(projector, features, batch):
     """RankMe of all embeddings, and the paper's measures of a random batch, normalized."""
     z = torch.cat([projector(part) for part in features.split(500)])
-    order = torch.randperm(len(z), generator=train.generator("cpu", 0)).to(z.device)
+    order = torch.randperm(len(z), generator=train.generator(0)).to(z.device)
     x = F.normalize(z[order[:batch]])
     n, d = x.shape
     least, most = lemma_3_4(n, d)
@@ -102,30 +109,45 @@ def embedding_statistics(projector, features, batch):
 # ---- Runs ----------------------------------------------------------------------------------------
 
 
-def evaluate(run, args):
-    """Returns the table, a dict; asserts that the network has not changed."""
+def load_model(run, args):
+    """The model of a run, its settings, and the number of steps it was trained."""
     saved = train.load_checkpoint(run) or sys.exit(f"{run} is no folder of a run")
     settings = argparse.Namespace(**saved["settings"])
+    torch.manual_seed(settings.seed)
+    try:
+        model = train.Model(settings)
+        if not args.random_init:
+            model.load_state_dict(saved["states"]["model"])
+    except (AttributeError, RuntimeError):
+        sys.exit(f"{run}/checkpoint.pt is of another version of train.py")
+    model.to(args.device, memory_format=train.memory_format(args.device)).eval()
+    return model, settings, 0 if args.random_init else saved["step"]
+
+
+def evaluate(run, args):
+    """Returns the table, a dict; asserts that the network has not changed."""
+    model, settings, steps = load_model(run, args)
     settings.data_dir = args.data_dir or settings.data_dir
     settings.device = args.device
-    train.start(args.device, "fp32")
-    *sets, _ = train.load(settings)
-    torch.manual_seed(settings.seed)
-    model = train.Model(settings.arch, settings.image_size, settings.projector, settings.classes)
-    if not args.random_init:
-        model.load_state_dict(saved["states"]["model"])
-    model.to(args.device, memory_format=train.memory_format(args.device)).eval()
+    *sets, classes = train.load(settings)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     features = [x for data in sets for x in extract(model.encoder, data, settings)]
     test_x = features[2]
-    top1, top5 = linear_probe(*features, settings.classes, args.epochs)
-    found = dict(criterion=settings.criterion, steps=0 if args.random_init else saved["step"])
-    found.update(linear_top1=top1, linear_top5=top5)
-    found.update(knn_top1=knn(*features, settings.classes, args.k), k=args.k)
-    found.update(features=test_x.shape[1], rankme=diagnose(test_x)["rankme"].item())
-    found.update(embedding_statistics(model.projector, test_x, settings.batch_size))
+    top1, top5 = linear_probe(*features, len(classes), args.epochs)
+    table = dict(criterion=settings.criterion, steps=steps, linear_top1=top1, linear_top5=top5)
+    table.update(knn_top1=knn(*features, len(classes), args.k), k=args.k)
+    table.update(features=test_x.shape[1], rankme=diagnose(test_x)["rankme"].item())
+    table.update(embedding_statistics(model.projector, test_x, settings.batch_size))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    return found
+    return table
+
+
+def read_json(file):
+    """The values of a file's lines, none if there is no such file."""
+    try:
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    except ValueError as error:
+        sys.exit(f"{file} is damaged: {error}")
 
 
 def plot(runs, file):
@@ -135,32 +157,47 @@ def plot(runs, file):
     figure = Figure((6, 4), layout="constrained")
     axes = figure.subplots()
     for run in runs:
-        log = map(json.loads, open(run / "log.jsonl"))
+        log = read_json(run / "log.jsonl")
+        if not log:
+            print(f"{run} is no folder of a run: skipped", file=sys.stderr)
+            continue
         points = [(line["step"], line["probe_test"]) for line in log if "probe_test" in line]
         (curve,) = axes.plot(*torch.tensor(points).reshape(-1, 2).T, ".-", label=run.name)
-        if (run / "eval.json").exists():
-            found = json.loads((run / "eval.json").read_text())
-            axes.plot(found["steps"], found["linear_top1"], "*", color=curve.get_color(), ms=12)
+        for table in read_json(run / "eval.json"):
+            axes.plot(table["steps"], table["linear_top1"], "*", color=curve.get_color(), ms=12)
     axes.set(xlabel="steps", ylabel="test top-1 (%): dots online, stars offline")
     axes.legend()
     figure.savefig(file, dpi=150)
+
+
+def write(table, file):
+    """Writes a table whole or not at all."""
+    whole = file.with_suffix(".new")
+    whole.write_text(json.dumps(table) + "\n")
+    os.replace(whole, file)
 
 
 def main():
     args = parse_args()
     if args.plot:
         return plot(args.runs, args.plot)
+    train.join(args.device)
+    failed = False
     for run in args.runs:
-        found = evaluate(run, args)
-        name = "eval-random-init.json" if args.random_init else "eval.json"
-        (run / name).write_text(json.dumps(found, indent=1))
-        print(run)
-        for name, value in found.items():
-            print(f"{name:30}{value:.4g}" if isinstance(value, float) else f"{name:30}{value}")
+        try:
+            table = evaluate(run, args)
+            print(run)
+            for name, value in table.items():
+                print(f"{name:30}{value:.4g}" if isinstance(value, float) else f"{name:30}{value}")
+            write(table, run / f"eval{'-random-init' * args.random_init}.json")
+        except (OSError, SystemExit) as error:
+            failed = True
+            print(f"eval.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+    return failed
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except (ImportError, OSError, ValueError) as error:  # ValueError: an unknown picture format
         sys.exit(f"eval.py: {str(error).strip().splitlines()[-1]}")

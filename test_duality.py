@@ -286,7 +286,7 @@ def benchmark_views():
     """Images per second of one core: torchvision's transforms of PIL images, and train.augment."""
     torch.set_num_threads(1)
     torch.zeros(2**22)  # having freed so much, malloc keeps what is freed, as it does in training
-    images, draws = train.shapes(64, 0)[0], torch.rand(64, train.DRAWS)  # training's chunk
+    images, numbers = train.shapes(64, 0)[0], torch.rand(64, train.NUMBERS)  # training's chunk
     pil_images = [TF.to_pil_image(image) for image in images]
     jitter = transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)
     operations = [transforms.RandomResizedCrop(32, (0.2, 1)), transforms.RandomHorizontalFlip()]
@@ -295,7 +295,7 @@ def benchmark_views():
     pipeline = transforms.Compose(operations)
     runs = [lambda: torch.stack([pipeline(image) for image in pil_images])]
     for augment in (train.augment, torch.compile(train.augment, dynamic=False)):
-        runs.append(partial(augment, images, draws, train.VIEWS, 32))
+        runs.append(partial(augment, images, numbers, train.AUGMENTATION, 32))
     pil, ours, compiled = (64e3 / ms for ms in median_ms(runs))
     print(
         f"\n32-pixel views, one core, images/s: torchvision's PIL pipeline {pil:.0f}, train.augment"
@@ -737,19 +737,24 @@ def assert_close(found, expected, atol=0.0, rtol=0.0):
     torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
 
 
-def plain_box(area, aspect, top, left, least, pixels):
-    """A crop's top, left, height and width, by uniform draws."""
-    area = (least + (1 - least) * area) * pixels**2
-    ratio = (4 / 3) ** (2 * aspect - 1) if least < 1 else 1
-    h = min(max(1, round((area / ratio) ** 0.5)), pixels)
-    w = min(max(1, round((area * ratio) ** 0.5)), pixels)
-    return int(top * (pixels - h + 1)), int(left * (pixels - w + 1)), h, w
+def plain_box(numbers, least, height, width):
+    """A crop's top, left, height and width, by uniform numbers: RandomResizedCrop's algorithm."""
+    top, left, shares, aspects = numbers[0], numbers[1], numbers[2:12], numbers[12:22]
+    for share, aspect in zip(shares, aspects):
+        area = (least + (1 - least) * share) * height * width
+        ratio = (4 / 3) ** (2 * aspect - 1)
+        h, w = max(1, round((area / ratio) ** 0.5)), max(1, round((area * ratio) ** 0.5))
+        if h <= height and w <= width:
+            break
+    else:
+        h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
 
 
-def plain_view(image, draws, recipe, size):
+def plain_view(image, numbers, recipe, size):
     """A view, by torchvision's functions of one image."""
-    *box, flip, jitter, brightness, contrast, saturation, hue, grey, blur, sigma, solarize = draws
-    box = plain_box(*box, recipe["crop"], image.shape[1])
+    box = plain_box(numbers[:22], recipe["crop"], *image.shape[1:])
+    flip, jitter, brightness, contrast, saturation, hue, grey, blur, sigma, solarize = numbers[22:]
     x = TF.resized_crop(image / 255, *box, [size, size], antialias=True)
     x = TF.hflip(x) if flip < recipe["flip"] else x
     if jitter < recipe["jitter"]:
@@ -766,7 +771,7 @@ def plain_view(image, draws, recipe, size):
 RECIPES = {
     "nothing": {},
     "crop": dict(crop=0.001),
-    "all": train.VIEWS | dict(blur=0.5, solarize=0.3),
+    "all": train.AUGMENTATION | dict(blur=0.5, solarize=0.3),
 }
 RECIPES |= {name: {name: 0.6} for name in ("flip", "grey", "blur", "solarize")}
 strongest = dict(brightness=1.0, contrast=1.0, saturation=1.0, hue=0.5)
@@ -776,24 +781,30 @@ RECIPES |= {name: {"jitter": 0.6, name: most} for name, most in strongest.items(
 @pytest.mark.parametrize("pixels, size", [(32, 32), (48, 24), (20, 64)])
 @pytest.mark.parametrize("name", RECIPES)
 def test_views_are_torchvisions(name, pixels, size):
-    recipe = dict.fromkeys(train.VIEWS, 0) | dict(crop=1) | RECIPES[name]
+    recipe = dict.fromkeys(train.AUGMENTATION, 0) | dict(crop=1) | RECIPES[name]
     images = pictures(60, pixels, pixels)
-    draws = torch.rand(60, train.DRAWS, generator=torch.Generator().manual_seed(0))
-    found = train.augment(images, draws, recipe, size) * STD + MEAN
-    expected = [plain_view(*pair, recipe, size) for pair in zip(images, draws.tolist())]
+    numbers = torch.rand(60, train.NUMBERS, generator=torch.Generator().manual_seed(0))
+    found = train.augment(images, numbers, recipe, size) * STD + MEAN
+    expected = [plain_view(*pair, recipe, size) for pair in zip(images, numbers.tolist())]
     assert_close(found, torch.stack(expected), 5e-6)
 
 
+SIDES = [(320, 320), (375, 500), (500, 375), (30, 400)]  # in the last, often no box fits
+
+
+@pytest.mark.parametrize("height, width", SIDES)
 @pytest.mark.parametrize("least", [0.08, 0.2])
-def test_crops_are_distributed_as_torchvisions(least):
-    n, image, get = 10_000, torch.empty(3, 320, 320), transforms.RandomResizedCrop.get_params
+def test_crops_are_distributed_as_torchvisions(least, height, width):
+    n, image, get = 10_000, torch.empty(3, height, width), transforms.RandomResizedCrop.get_params
     torch.manual_seed(0)
     theirs = torch.tensor([get(image, (least, 1), (3 / 4, 4 / 3)) for _ in range(n)])
-    ours = torch.tensor([plain_box(*draws, least, 320) for draws in torch.rand(n, 4).tolist()])
-    # where a side would be longer than the image's, ours is cut, and 3/4 of the area remains
-    samples = [boxes[boxes[:, 2] * boxes[:, 3] < 0.74 * 320**2] for boxes in (theirs, ours)]
-    for pair in zip(*(boxes.T for boxes in samples)):
-        shares = [side.bincount(minlength=321).cumsum(0) / len(side) for side in pair]
+    numbers = torch.rand(n, train.NUMBERS, dtype=torch.float64)
+    ours = train.crop_boxes(numbers, least, height, width)
+    assert ours.tolist() == [[*plain_box(row, least, height, width)] for row in numbers.tolist()]
+    if width > 4 * height:  # where no box fits, theirs is in the middle, ours anywhere
+        theirs, ours = theirs[:, 2:], ours[:, 2:]
+    for pair in zip(theirs.T, ours.T):
+        shares = [side.bincount(minlength=501).cumsum(0) / n for side in pair]
         assert (shares[0] - shares[1]).abs().max() < 0.03  # Kolmogorov-Smirnov
 
 
@@ -823,7 +834,7 @@ def batches(line, first, end):
 @pytest.fixture(params=["held", "streamed"])
 def held_or_streamed(request, monkeypatch):
     if request.param == "streamed":
-        monkeypatch.setattr(train, "RESIDENT_BYTES", 0)
+        monkeypatch.setattr(train, "HELD_BYTES", 0)
 
 
 def test_shapes_are_labelled_images_that_pixels_do_not_tell():
@@ -866,16 +877,30 @@ def test_processes_parts_are_one_processs_batch(tmp_path, monkeypatch):
     assert torch.equal(torch.cat((labels_0, labels_1)), labels)
 
 
-def test_streamed_images_are_squares_of_twice_the_size(tmp_path, monkeypatch):
-    image = pictures(1, 96, 64)
-    save_images(tmp_path, image)
-    monkeypatch.setattr(train, "RESIDENT_BYTES", 0)
-    args = parse(f"--dataset folder --data-dir {tmp_path} --image-size 32 --workers 0")
+def test_streamed_views_are_cut_out_of_the_whole_image_each_by_its_recipe(tmp_path, monkeypatch):
+    images = pictures(2, 60, 90)
+    save_images(tmp_path, images, ["a"])
+    monkeypatch.setattr(train, "HELD_BYTES", 0)
+    line = f"--dataset folder --data-dir {tmp_path} --image-size 24 --workers 0 --batch-size 2"
+    args = parse(f"{line} --grow 0 --views jitter=0 crop=0.1,0.5 grey=0,1")
     data, _, _ = train.load(args)
-    assert torch.equal(data[0][0], image[0, :, 16:80])
+    ((views, _),) = itertools.islice(train.training_batches(data, args, 3), 1)
+    order = torch.randperm(2, generator=train.generator(0, 3))  # each epoch is a step
+    numbers = torch.rand(2, 2, train.NUMBERS, generator=train.generator(0, 3, 0)).tolist()
+    pairs = itertools.product(zip(numbers, args.recipes), (0, 1))
+    expected = [
+        plain_view(images[order[i]], of_view[i], recipe, 24) for (of_view, recipe), i in pairs
+    ]
+    assert_close(views * STD + MEAN, torch.stack(expected), 1 / 255)  # crops are rounded
+
+
+def test_streamed_test_images_are_central_squares_of_seven_eighths(tmp_path, monkeypatch):
+    save_images(tmp_path, pictures(1, 96, 64))
+    monkeypatch.setattr(train, "HELD_BYTES", 0)
+    args = parse(f"--dataset folder --data-dir {tmp_path} --image-size 56 --workers 0")
+    _, data, _ = train.load(args)
     ((plain, _),) = train.plain_batches(data, args)
-    pixels = image[:, :, 16:80].unflatten(3, (32, 2)).unflatten(2, (32, 2)) / 255
-    assert_close(plain * STD + MEAN, pixels.mean((3, 5)), 1e-6)
+    assert_close(plain * STD + MEAN, pictures(1, 96, 64)[:, :, 20:76, 4:60] / 255, 1e-6)
 
 
 MISSING = {
@@ -983,9 +1008,14 @@ def test_readmes_own_loss_is_its_formula(monkeypatch):
 # --- Model and optimizer --------------------------------------------------------------------------
 
 
+def new_model(arch, image_size, projector, classes):
+    settings = dict(arch=arch, image_size=image_size, projector=projector, classes=classes)
+    return train.Model(argparse.Namespace(**settings, zero_init=False))
+
+
 def optimizers_of(line):
     torch.manual_seed(0)
-    model, args = train.Model("small", 8, [16, 8], 4), parse(f"--dataset shapes {line}")
+    model, args = new_model("small", 8, [16, 8], 4), parse(f"--dataset shapes {line}")
     return model, *train.build_optimizers(args, model)
 
 
@@ -1020,16 +1050,16 @@ def test_weight_decay_spares_biases_and_norms(optimizer):
     for each in optimizers:
         each.step()
     layers = [m for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
-    decayed = {id(layer.weight) for layer in layers if layer is not model.probe}
+    decayed = {id(layer.weight) for layer in layers if layer is not model.probe[1]}
     assert {id(param) for param in model.parameters() if (param < 1).all()} == decayed
     assert all((param == 1).all() for param in model.parameters() if id(param) not in decayed)
 
 
 def test_probe_sends_no_gradient_back():
-    model = train.Model("small", 32, [8], 4)
+    model = new_model("small", 32, [8], 4)
     model(torch.randn(4, 3, 32, 32))[1].sum().backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert with_gradient == {"probe.weight", "probe.bias"}
+    assert with_gradient == {"probe.1.weight", "probe.1.bias"}
 
 
 # --- Programs -------------------------------------------------------------------------------------
@@ -1065,7 +1095,7 @@ def train_here(line):
 def run_script(line, streamed):
     sys.argv = shlex.split(line)
     source = (HERE / sys.argv[0]).read_text()
-    source = source.replace("RESIDENT_BYTES = 4", "RESIDENT_BYTES = 0") if streamed else source
+    source = source.replace("HELD_BYTES = 4", "HELD_BYTES = 0") if streamed else source
     exec(compile(source, sys.argv[0], "exec"), {"__name__": "__main__"})
 
 
@@ -1136,7 +1166,7 @@ def accuracy(logits, labels):
 
 def untrained_model():
     torch.manual_seed(3)
-    return train.Model("small", 8, [16, 8], 2).to(memory_format=torch.channels_last)
+    return new_model("small", 8, [16, 8], 2).to(memory_format=torch.channels_last)
 
 
 def plain_images(data):
@@ -1179,7 +1209,7 @@ def test_a_run_is_its_plain_loop(command, out):
 def gradients_and_statistics(rank=0, world=1):
     """Of a step with a process's part of a batch: by name, gradients and what batch norms hold."""
     torch.manual_seed(0)
-    model = train.Model("small", 8, [12, 7], 5).double()
+    model = new_model("small", 8, [12, 7], 5).double()
     for param in model.parameters():
         torch.nn.init.normal_(param, 0.1, 0.2)
     views, labels = torch.randn(2, 12, 3, 8, 8).double(), torch.arange(12) % 5
@@ -1229,7 +1259,7 @@ def test_torchruns_processes_train_as_one(command, tmp_path, out):
 def test_one_process_and_one_of_each_node_read_first(rank, local_rank, barriers, monkeypatch):
     seen = []
     found = dict(WORLD=4, RANK=rank, LOCAL_RANK=local_rank, load=lambda args: seen.index("load"))
-    for name, value in dict(found, start=lambda *args: None).items():
+    for name, value in dict(found, join=lambda *args: None).items():
         monkeypatch.setattr(train, name, value)
     monkeypatch.setattr(torch.distributed, "barrier", lambda: seen.append("barrier"))
     with pytest.raises(ValueError, match="load"):
@@ -1306,16 +1336,18 @@ def assert_refused(line, out, sentence):
     assert file_contents(out) == before
 
 
-def test_another_run_in_the_folder_ends_this_one(monkeypatch, command, out):
+def test_of_two_runs_in_a_folder_the_older_ends(monkeypatch, command, out):
     def disturbed(za, zb):
-        if (out / "checkpoint.pt").exists() and load(out)["step"] == 3:
-            (out / "checkpoint.pt").write_bytes(b"written by another run")
+        if out.exists() and log_of(out, "step")[-1:] == [[5]] and not (out / "new").exists():
+            newcomer = train.Run(argparse.Namespace(out=out, epochs=0), {})
+            newcomer.begin()
+            (out / "new").write_bytes((out / "checkpoint.pt").read_bytes())
         return dict(invariance=F.mse_loss(za, zb))
 
     register(disturbed, monkeypatch)
-    with pytest.raises(SystemExit, match="^another run writes to .*/run,.* name another --out$"):
+    with pytest.raises(SystemExit, match="^another run has begun in .*/run, so this one ends$"):
         train_here(f"{command} --criterion own --save-every 0")
-    assert (out / "checkpoint.pt").read_bytes() == b"written by another run"
+    assert (out / "checkpoint.pt").read_bytes() == (out / "new").read_bytes()
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "half", "changed", "only weights"])
@@ -1331,7 +1363,7 @@ def test_a_damaged_checkpoint_is_named(damage, command, out):
 def test_only_some_settings_may_change(command, out):
     train_here(f"{command} --epochs 1")
     saved = load(out)
-    may_change = "epochs data_dir workers out save_every compile".split()
+    may_change = "epochs data_dir device workers out save_every compile".split()
     for name in saved["settings"].keys() - set(may_change):
         torch.save(dict(saved, settings=saved["settings"] | {name: "old"}), out / "checkpoint.pt")
         sentence = f"run has a run with {name} old, not .*: name another --out"
@@ -1365,7 +1397,7 @@ def test_what_is_not_finite_is_not_saved(seconds, what, monkeypatch, command, ou
     register(fragile, monkeypatch)
     with pytest.raises(SystemExit, match=f"^{what}; .*run keeps its checkpoint$"):
         train_here(f"{command} --criterion own --epochs 4 --save-every {seconds}")
-    assert load(out)["step"] == (0 if seconds else 8)
+    assert (not (out / "checkpoint.pt").exists()) if seconds else load(out)["step"] == 8
 
 
 @pytest.mark.parametrize("largest_file", [4_500, 1_000_000, 3_000_000])
@@ -1437,7 +1469,7 @@ def test_an_evaluation_is_its_plain_one(trained, command, out):
     sets = train.load(parse(command))[:2]
     features = [x for d in sets for x in (model.encoder(plain_images(d)).detach(), d.tensors[1])]
     z = model.projector(features[2]).detach()
-    batch = unit(z[torch.randperm(16, generator=train.generator("cpu", 0))[:8]])
+    batch = unit(z[torch.randperm(16, generator=train.generator(0))[:8]])
     cosines, squares = off_diagonal(batch @ batch.T), batch.square().sum(0).square().sum()
     top1, top5 = evaluation.linear_probe(*features, 2, epochs=3)
     expected = dict(steps=5 * trained, linear_top1=top1, linear_top5=top5, k=7, features=256)
@@ -1460,7 +1492,7 @@ def test_an_encoder_loads_into_torchvisions_resnet(command, out):
     train_here(f"{command} --epochs 1 --arch resnet18")
     namespace, x = {}, torch.rand(2, 3, 8, 8)
     exec(readme("encoder").replace("runs/resnet18", str(out)), namespace)
-    model = train.Model("resnet18", 64, [16, 8], 2).eval()
+    model = new_model("resnet18", 64, [16, 8], 2).eval()
     model.load_state_dict(load(out)["states"]["model"])
     assert torch.equal(namespace["model"].eval()(x), model.encoder(x))
 

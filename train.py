@@ -1,17 +1,23 @@
-"""Pretrain an encoder with any criterion of duality.py. The same command again resumes the run.
+"""Pretrain an encoder with any criterion of duality.py.
 
 python train.py --dataset shapes                             # no download, a minute on two cores
 python train.py                                              # CIFAR-10, ResNet-18, VICReg
 python train.py --criterion simclr --set temperature=0.15    # any criterion, any hyperparameter
-torchrun --nproc-per-node 8 train.py --dataset imagenet --data-dir imagenet --batch-size 1024
+torchrun --nproc-per-node 8 train.py --dataset imagenet --data-dir imagenet
+
+A run that was killed goes on from its last checkpoint when the same command is given again.
+To change the loss, see duality.py; the augmentation, `augment`; the encoder, `Model`; the
+optimizer, `build_optimizers`; the rest of a step, `train`.
 """
 
 import argparse
+import copy
 import inspect
-import io
 import json
 import math
 import os
+import re
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -27,39 +33,43 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
-from torchvision.transforms.v2.functional import normalize, rgb_to_grayscale
+from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from duality import CRITERIA, diagnose, gather
 
-# defaults that depend on the data set, on the architecture, and on the optimizer
-DATASETS = {
-    "cifar10": dict(arch="resnet18", epochs=100, image_size=32),
-    "cifar100": dict(arch="resnet18", epochs=100, image_size=32),
-    "imagenet": dict(arch="resnet50", epochs=100, image_size=224),
-    "folder": dict(arch="resnet18", epochs=100, image_size=224),
-    "shapes": dict(arch="small", epochs=12, image_size=32),
-}
-SMALL_DEFAULTS = dict(projector="512-512-512", batch_size=128, optimizer="adamw", grow=0.6)
-RESNET_DEFAULTS = dict(projector="2048-2048-2048", batch_size=256, optimizer="lars", grow=0.0)
+# the defaults of each optimizer, of each kind of encoder, and of each data set
 OPTIMIZERS = {
-    "lars": dict(lr=0.1, weight_decay=1e-4),
-    "sgd": dict(lr=0.1, weight_decay=1e-4),
-    "adamw": dict(lr=2e-3, weight_decay=1e-2),
+    "lars": dict(optimizer="lars", lr=0.1, weight_decay=1e-4),
+    "sgd": dict(optimizer="sgd", lr=0.1, weight_decay=1e-4),
+    "adamw": dict(optimizer="adamw", lr=2e-3, weight_decay=1e-2),
+}
+SMALL = dict(arch="small", projector="512-512-512", batch_size=128, grow=0.6, **OPTIMIZERS["adamw"])
+RESNET = dict(arch="resnet18", projector="2048-2048-2048", batch_size=256, **OPTIMIZERS["lars"])
+VICREG = dict(arch="resnet50", projector="8192-8192-2048", batch_size=1024, zero_init=True)
+VICREG |= dict(optimizer="lars", lr=0.3, eta=0.001, weight_decay=1e-6, warmup=0.1)
+VICREG |= dict(recipes=["crop=0.08", "blur=1,0.1", "solarize=0,0.2"])
+DATASETS = {
+    "cifar10": dict(RESNET, image_size=32),
+    "cifar100": dict(RESNET, image_size=32),
+    "imagenet": dict(VICREG, image_size=224),
+    "folder": dict(RESNET, image_size=224),
+    "shapes": dict(SMALL, epochs=12, image_size=32),
 }
 ARCHS = ["small", *torchvision.models.list_models(torchvision.models, include="*resne[tx]*")]
 # the augmentation: a crop's least share of the area, strengths from brightness to hue, and
 # probabilities of all else
-VIEWS = dict(crop=0.2, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
-VIEWS |= dict(grey=0.2, blur=0.0, solarize=0.0)
-DRAWS = 14  # random numbers that a view takes
+AUGMENTATION = dict(crop=0.2, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2)
+AUGMENTATION |= dict(hue=0.1, grey=0.2, blur=0.0, solarize=0.0)
+CROP_NUMBERS, NUMBERS = 22, 32  # random numbers that a crop takes, and a whole view
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue
-RESIDENT_BYTES = 4 * 2**30  # data sets that fit in this are held on the device, others streamed
-MAY_CHANGE = "epochs data_dir workers out save_every compile".split()  # on resuming
+HELD_BYTES = 4 * 2**30  # data sets that fit in this are held on the device, others streamed
+MAY_CHANGE = set("epochs data_dir device workers out save_every compile".split())  # on resuming
 
-# torchrun's processes: how many, the number of this one, and its number on its node
+# torchrun's processes: how many, the number of this one, and the same on its node
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0))
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
@@ -81,35 +91,42 @@ def parse_args(argv=None):
     add("--criterion", choices=CRITERIA, default="vicreg", help="a loss of duality.py")
     add("--set", **pairs, help="hyperparameters, e.g. temperature=0.15; a wrong name lists all")
     add("--dataset", choices=DATASETS, default="cifar10", help="what to train on")
-    add("--data-dir", type=path, default="data", help="holds train/CLASS/IMAGE, or CIFAR")
+    add(
+        "--data-dir", type=os.path.abspath, default="data", help="holds train/CLASS/IMAGE, or CIFAR"
+    )
     add("--image-size", type=number(int, 8, 1024), metavar="PIXELS", help="side of a view")
-    add("--views", **pairs, help="augmentation, e.g. grey=0.1 blur=0.5; a wrong name lists all")
-    add("--workers", type=number(int, 0, 256), default=min(8, os.cpu_count()), help="image readers")
+    add("--views", **pairs, dest="recipes", help="augmentation, e.g. blur=0.5, or blur=1,0.1")
+    readers = min(8, max(1, os.cpu_count() // LOCAL_WORLD))
+    add("--workers", type=number(int, 0, 256), default=readers, help="image readers a process")
 
     add = parser.add_argument_group("model and optimization").add_argument
     add("--arch", choices=ARCHS, metavar="NAME", help="small, or one of torchvision's ResNets")
+    flag = argparse.BooleanOptionalAction
+    add("--zero-init", action=flag, default=False, help="residual branches begin at 0")
     add("--projector", type=widths, metavar="N-N-N", help="widths of the projector's layers")
-    add("--epochs", type=number(int, 1, 10**6), help="passes over the data")
+    add("--epochs", type=number(int, 1, 10**6), default=100, help="passes over the data")
     add("--batch-size", type=number(int, 2, 10**6), help="of all processes together")
     add("--optimizer", choices=OPTIMIZERS, help="of encoder and projector")
     add("--lr", type=nonnegative, help="times batch size / 256, except with adamw")
+    add("--eta", type=nonnegative, default=0.02, help="lars: a step is lr eta of a weight's norm")
     add("--weight-decay", type=nonnegative, help="of weights, not of biases and norms")
     add("--warmup", type=share, default=0.05, help="share of steps in which the rate rises")
-    add("--grow", type=share, help="share of steps, from the first, at 5/8 of the image size")
+    add("--grow", type=share, default=0.0, help="share of steps, the first, at 5/8 of the size")
 
     add = parser.add_argument_group("running").add_argument
     add("--device", choices=devices(), default=devices()[0], help="to train on")
     add("--precision", choices=["bf16", "fp16", "fp32"], help="of the network; the loss is in fp32")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random")
-    add("--out", type=path, help="the run's folder")
+    add("--out", type=os.path.abspath, help="the run's folder")
     add("--save-every", type=nonnegative, default=120, help="seconds between checkpoints")
     add("--compile", action="store_true", help="torch.compile; with torchrun not the network")
 
     # parse twice: the first pass only finds what the defaults depend on
     chosen, _ = parser.parse_known_args(argv)
-    defaults = DATASETS[chosen.dataset] | dict(out=f"runs/{chosen.dataset}-{chosen.criterion}")
-    defaults |= SMALL_DEFAULTS if (chosen.arch or defaults["arch"]) == "small" else RESNET_DEFAULTS
-    defaults |= OPTIMIZERS[chosen.optimizer or defaults["optimizer"]]
+    defaults = DATASETS[chosen.dataset] | (SMALL if chosen.arch == "small" else {})
+    if chosen.optimizer not in (None, defaults["optimizer"]):
+        defaults |= OPTIMIZERS[chosen.optimizer]
+    defaults["out"] = f"runs/{chosen.dataset}-{chosen.criterion}"
     parser.set_defaults(**defaults, precision=fastest_precision(chosen.device))
     add("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this and exit")
     args = parser.parse_args(argv)
@@ -134,37 +151,38 @@ def widths(text):
     return [number(int, 1, 99999)(width) for width in text.split("-")]
 
 
-def path(text):
-    return os.path.abspath(os.path.expanduser(text))
-
-
 def check(args, parser):
     """Completes --set and --views, and tries the criterion before any data are read."""
     if args.batch_size % WORLD or args.batch_size < 2 * WORLD:
         parser.error(f"--batch-size must be a multiple of {WORLD}, and at least {2 * WORLD}")
     parameters = inspect.signature(CRITERIA[args.criterion]).parameters.values()
     hyperparameters = {p.name: p.default for p in parameters if p.default is not p.empty}
+    n, d = args.batch_size, args.projector[-1]
+    while max(n, d) > 1024:  # no criterion then takes more than a second
+        n, d = max(2, n // 2), max(2, d // 2)
     try:
         args.set = keywords(args.set, hyperparameters)
-        args.views = keywords(args.views, VIEWS)
-        CRITERIA[args.criterion](*torch.randn(2, args.batch_size, args.projector[-1]), **args.set)
-    except (ArithmeticError, RuntimeError, ValueError) as error:
+        # NAME=A,B becomes NAME=A for view a, NAME=B for view b
+        pairs = [[re.sub("=(.*),(.*)", rf"=\{k}", pair) for pair in args.recipes] for k in (1, 2)]
+        args.recipes = [keywords(of_view, AUGMENTATION) for of_view in pairs]
+        CRITERIA[args.criterion](*torch.randn(2, n, d), **args.set)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         parser.error(str(error))
-    if not all(0 <= value <= 1 for value in args.views.values()):
+    if not all(0 <= value <= 1 for recipe in args.recipes for value in recipe.values()):
         parser.error("a value of --views is not between 0 and 1")
 
 
 def keywords(pairs, defaults):
     """The defaults, updated by texts NAME=VALUE, each in its default's type."""
-    found = dict(defaults)
+    values = dict(defaults)
     for name, _, text in (pair.partition("=") for pair in pairs):
         try:
             kind = type(defaults[name])
-            found[name] = {"True": True, "False": False}[text] if kind is bool else kind(text)
+            values[name] = {"True": True, "False": False}[text] if kind is bool else kind(text)
         except (KeyError, ValueError):
             choices = ", ".join(f"{name}={default!r}" for name, default in defaults.items())
             raise ValueError(f"{name}={text}: choose from {choices}") from None
-    return found
+    return values
 
 
 # ---- Processes and devices -----------------------------------------------------------------------
@@ -173,8 +191,7 @@ def keywords(pairs, defaults):
 def devices():
     """The kinds of devices here, the fastest first."""
     mps = torch.backends.mps.is_available() and WORLD == 1  # gloo and NCCL send no MPS tensors
-    here = dict(cuda=torch.cuda.is_available(), mps=mps, cpu=True)
-    return [device for device in here if here[device]]
+    return ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
 
 
 def fastest_precision(device):
@@ -183,15 +200,13 @@ def fastest_precision(device):
     return "bf16" if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
-def start(device, precision):
+def join(device):
     """Selects this process's GPU, and joins torchrun's processes, if there are any."""
     gpu = torch.device("cuda", LOCAL_RANK) if device == "cuda" else None
     if gpu:
         torch.cuda.set_device(gpu)
         torch.backends.cudnn.benchmark = True  # shapes hardly ever change
-        torch.backends.cudnn.allow_tf32 = precision != "fp32"
-        # "high" is TF32: as precise as fp16, more so than bf16
-        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+        torch.backends.cudnn.allow_tf32 = False  # in fp32, convolutions are as precise as products
     if WORLD > 1:
         if "MASTER_ADDR" not in os.environ:
             sys.exit("WORLD_SIZE is set: start several processes with torchrun")
@@ -214,9 +229,9 @@ def say(message):
         tqdm.write(message, sys.stderr)  # above the progress bar
 
 
-def generator(device, *key):
+def generator(*key):
     """A random generator that depends only on its key, some integers."""
-    return torch.Generator(device).manual_seed(hash(key) % 2**63)
+    return torch.Generator().manual_seed(hash(key) % 2**63)
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -228,7 +243,8 @@ def read_image(file, size):
         with Image.open(file) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
-            image.draft("RGB", (2 * size, 2 * size))  # reads a large JPEG smaller
+            # reads a large JPEG smaller, but so that a crop of 1/16 still has size^2 pixels
+            image.draft("RGB", (4 * size, 4 * size))
             return image.convert("RGB")
     except Exception as error:  # PIL raises all kinds of errors
         raise OSError(f"{file}: {error}") from error
@@ -236,10 +252,10 @@ def read_image(file, size):
 
 def shapes(n, seed, size=32, device="cpu"):
     """Drawn images, uint8 (n, 3, size, size), of flowers with 1 to 8 petals, and labels (n,)."""
-    draw = partial(torch.rand, generator=generator("cpu", seed))
+    uniform = partial(torch.rand, generator=generator(seed))
     labels = torch.arange(n) % 8
     petals = 1 + labels.view(n, 1, 1, 1)
-    left, top, radius, phase, angle, frequency, inverted = draw(7, n, 1, 1, 1)
+    left, top, radius, phase, angle, frequency, inverted = uniform(7, n, 1, 1, 1)
     axis = torch.linspace(-1, 1, size)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     # the flower appears twice in each direction, so that most crops show it
@@ -248,7 +264,7 @@ def shapes(n, seed, size=32, device="cpu"):
     edge = (0.25 + 0.1 * radius) * (1 + 0.5 * (petals * torch.atan2(v, u) + 7 * phase).sin())
     flower = (size * (edge - u.hypot(v))).sigmoid()
     waves = ((2 + 13 * frequency) * ((4 * angle).cos() * x + (4 * angle).sin() * y)).sin()
-    dark, light, contrast = draw(3, n, 3, 1, 1)
+    dark, light, contrast = uniform(3, n, 3, 1, 1)
     images = torch.lerp(dark / 2, light / 2 + 0.5, flower) + (contrast - 0.5) * waves / 2.5
     images = torch.where(inverted < 0.5, images, 1 - images)
     return (images.clamp(0, 1) * 255).byte().to(device), labels.to(device)
@@ -257,7 +273,8 @@ def shapes(n, seed, size=32, device="cpu"):
 def load(args):
     """Training set, test set, and the names of the classes.
 
-    Images are central squares, uint8 (3, P, P); P is a view's size, or twice that if streamed.
+    Held sets are TensorDatasets of central squares, uint8 (3, S, S); of streamed ones, images are
+    read whenever they are needed.
     """
     size, root = args.image_size, Path(args.data_dir)
     if args.dataset == "shapes":
@@ -270,8 +287,8 @@ def load(args):
             sets = [kind(root, train, download=True) for train in (True, False)]
         else:
             test = "val" if (root / "val").is_dir() else "test"
-            read = partial(read_image, size=size)
-            sets = [ImageFolder(root / part, loader=read) for part in ("train", test)]
+            loader = partial(read_image, size=size)
+            sets = [ImageFolder(root / part, loader=loader) for part in ("train", test)]
     except Exception as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         needed = "its archive (or try shapes)" if cifar else "train/CLASS/IMAGE and val/CLASS/IMAGE"
@@ -280,113 +297,167 @@ def load(args):
     unmatched = set(classes) ^ set(sets[1].classes)
     if unmatched:
         sys.exit(f"class {min(unmatched)} is not in both {sets[0].root} and {sets[1].root}")
-    fit = sum(map(len, sets)) * 3 * size**2 <= RESIDENT_BYTES
-    side = size if fit else 2 * size
+    held = sum(map(len, sets)) * 3 * size**2 <= HELD_BYTES
+    side = size if held else size * 8 // 7  # of streamed images, the borders are left out
     for i, data in enumerate(sets):
-        data.transform = Compose([Resize(side), CenterCrop(side), PILToTensor()])
-        if fit:
-            batches = fetch(data, torch.arange(len(data)).split(100), args)
+        data.transform = Compose([Resize(side), CenterCrop(size), PILToTensor()])
+        if held:
+            batches = read(data, args, args.workers, batch_size=100)
             batches = tqdm(batches, "reading images", leave=False, disable=RANK > 0 or None)
             sets[i] = TensorDataset(*map(torch.cat, zip(*batches)))
     return *sets, classes
 
 
-def fetch(data, batches, args):
-    """Iterates over images, uint8 (B, 3, P, P), and labels (B,), on the device, by indices."""
-    cuda = args.device == "cuda"
-    move = partial(torch.Tensor.to, device=args.device, non_blocking=cuda)
-    if isinstance(data, TensorDataset):
-        return (data[move(indices)] for indices in batches)
-    lists = (indices.tolist() for indices in batches)
-    loader = DataLoader(data, batch_sampler=lists, num_workers=args.workers, pin_memory=cuda)
-    return (map(move, batch) for batch in loader)
+def read(data, args, workers=0, **options):
+    """Yields the tensors of a DataLoader's batches, on the device."""
+    pin = args.device == "cuda" and workers > 0
+    for batch in DataLoader(data, num_workers=workers, pin_memory=pin, **options):
+        yield [tensor.to(args.device, non_blocking=True) for tensor in batch]
 
 
 def plain_batches(data, args, rank=0, world=1):
     """Yields a process's share of the images, normalized (B, 3, S, S), and labels (B,)."""
-    indices = torch.arange(len(data))[rank::world]
-    for images, labels in fetch(data, indices.split(100), args):
-        images = F.adaptive_avg_pool2d(images / 255, args.image_size)  # halves streamed ones
-        yield normalize(images, MEAN, STD), labels
+    size = 500 if args.device == "cuda" else 100
+    if isinstance(data, TensorDataset):
+        starts = range(rank, len(data), world * size)
+        batches = (data[start : start + world * size : world] for start in starts)
+    else:
+        share = range(rank, len(data), world)
+        batches = read(data, args, args.workers, batch_size=size, sampler=share)
+    for images, labels in batches:
+        yield TF.normalize(images / 255, MEAN, STD), labels
+
+
+class Steps:
+    """What each step needs: images, numbers in [0, 1) (2, B, NUMBERS) for their views, and labels.
+
+    Held images are uint8 (B, 3, P, P); of streamed ones a worker cuts crops (2, B, 3, S, S). All
+    depend on the seed and the step alone, and each process has its part of the batch.
+    """
+
+    def __init__(self, data, args):
+        self.data, self.args = copy.copy(data), args
+        self.data.transform = None
+
+    def __getitem__(self, step):
+        size, seed = self.args.batch_size, self.args.seed
+        epoch, k = divmod(step, len(self.data) // size)
+        order = torch.randperm(len(self.data), generator=generator(seed, epoch))
+        numbers = torch.rand(2, size, NUMBERS, generator=generator(seed, step, 0))
+        indices = order[k * size : (k + 1) * size].chunk(WORLD)[RANK]
+        numbers = numbers.chunk(WORLD, 1)[RANK]
+        if isinstance(self.data, TensorDataset):
+            images, labels = self.data[indices.to(self.args.device, non_blocking=True)]
+        else:
+            pairs = [self.crops(*each) for each in zip(indices.tolist(), numbers.unbind(1))]
+            images, labels = map(torch.stack, zip(*pairs))
+            images = images.transpose(0, 1)
+        return images, numbers, labels
+
+    def crops(self, index, numbers):
+        image, label = self.data[index]
+        crops = []
+        for of_view, recipe in zip(numbers, self.args.recipes):
+            (box,) = crop_boxes(of_view[None], recipe["crop"], image.height, image.width).tolist()
+            crop = TF.resized_crop(image, *box, 2 * [self.args.image_size])
+            crops.append(TF.pil_to_tensor(crop))
+        return torch.stack(crops), torch.tensor(label)
 
 
 def training_batches(data, args, first):
-    """Yields views (2B, 3, S, S), a's before b's, and labels (B,) of this process, from step first.
-
-    They depend on the seed and the step, not on the number of processes or on what came before.
-    """
-    size = args.batch_size
-    per_epoch = len(data) // size
+    """Yields, from step first, this process's views (2B, 3, S, S), a's before b's, and labels."""
+    steps = range(first, args.epochs * (len(data) // args.batch_size))
+    held = isinstance(data, TensorDataset)
     operations = torch.compile(augment, dynamic=False) if args.compile else augment
-    for epoch in range(first // per_epoch, args.epochs):
-        order = torch.randperm(len(data), generator=generator("cpu", args.seed, epoch))
-        begin = max(first, epoch * per_epoch)  # a resumed epoch goes on in its middle
-        batches = order.split(size)[begin % per_epoch : per_epoch]
-        shares = [indices.chunk(WORLD)[RANK] for indices in batches]
-        for step, (images, labels) in enumerate(fetch(data, shares, args), begin):
-            grown = step >= args.grow * args.epochs * per_epoch
-            side = args.image_size if grown else max(8, args.image_size * 5 // 8)
-            # the 0 tells the key from those of the epochs' orders
-            draw = generator(args.device, args.seed, step, 0)
-            draws = torch.rand(2, WORLD, len(labels), DRAWS, generator=draw, device=args.device)
-            draws = draws[:, RANK].flatten(0, 1)  # the same numbers for any number of processes
-            # on a CPU as many views at a time as a core's cache holds
-            chunk = max(1, 2**16 // side**2) if args.device == "cpu" else len(draws)
-            pairs = zip(images.repeat(2, 1, 1, 1).split(chunk), draws.split(chunk))
-            views = torch.cat([operations(*pair, args.views, side) for pair in pairs])
-            yield views.to(memory_format=memory_format(args.device)), labels
+    workers = 0 if held else args.workers
+    batches = read(Steps(data, args), args, workers, batch_size=None, sampler=steps)
+    for step, (images, numbers, labels) in zip(steps, batches):
+        side = args.image_size
+        if step < args.grow * steps.stop:
+            side = max(8, side * 5 // 8)
+        # on a CPU as many views at a time as a core's cache holds
+        chunk = max(1, 2**16 // side**2) if args.device == "cpu" else args.batch_size
+        views = []
+        for k, recipe in enumerate(args.recipes):
+            whole = images if held else images[k]
+            recipe = recipe if held else recipe | dict(crop=1)
+            parts = zip(whole.split(chunk), numbers[k].split(chunk))
+            views += [operations(*part, recipe, side) for part in parts]
+        yield torch.cat(views).to(memory_format=memory_format(args.device)), labels
 
 
 # ---- Views ---------------------------------------------------------------------------------------
 
 
-def augment(images, draws, recipe, size):
+def crop_boxes(numbers, least, height, width):
+    """Random boxes as torchvision's RandomResizedCrop draws them: top, left, height, width (B, 4).
+
+    Of ten with a share of the area from least to 1, and an aspect from 3/4 to 4/3, each the first
+    that fits into the image; if there is none, the largest box of such an aspect.
+    """
+    top, left, shares, aspects = numbers[:, :CROP_NUMBERS].split([1, 1, 10, 10], 1)
+    areas = (least + (1 - least) * shares) * height * width
+    aspects = (4 / 3) ** (2 * aspects - 1)
+    heights = (areas / aspects).sqrt().round().clamp(min=1)
+    widths = (areas * aspects).sqrt().round().clamp(min=1)
+    fits = (heights <= height) & (widths <= width)
+    first, fits = fits.int().argmax(1, keepdim=True), fits.any(1, keepdim=True)
+    h = torch.where(fits, heights.gather(1, first), min(height, round(width * 4 / 3)))
+    w = torch.where(fits, widths.gather(1, first), min(width, round(height * 4 / 3)))
+    top = (top * (height - h + 1)).floor()
+    left = (left * (width - w + 1)).floor()
+    return torch.cat([top, left, h, w], 1).int()
+
+
+def augment(images, numbers, recipe, size):
     """Random views (B, 3, size, size), normalized, of square uint8 images (B, 3, P, P).
 
-    draws (B, DRAWS) are uniform in [0, 1), recipe is a dict such as VIEWS.
+    numbers (B, NUMBERS) are uniform in [0, 1), recipe is a dict such as AUGMENTATION. Operations
+    are torchvision's, of a whole batch; mostly in place, so that views stay in a CPU's cache.
     """
-    numbers = draws.T[..., None, None, None].split([2, 2, 2, 4, 4])  # (B, 1, 1, 1) each
-    (area, aspect), corners, (flip, jitter), shifts, (grey, blurred, sigma, solarized) = numbers
-
-    # torchvision draws a crop again if one of its sides is longer than the image's; here it is cut
     pixels = images.shape[-1]
-    area = (recipe["crop"] + (1 - recipe["crop"]) * area) * pixels**2
-    aspect = (math.log(4 / 3) * (recipe["crop"] < 1) * (2 * aspect - 1)).exp()
-    lengths = torch.stack([area / aspect, area * aspect]).sqrt().round().clamp(1, pixels)
-    starts = (corners * (pixels - lengths + 1)).floor()
-    flips = torch.stack([torch.zeros_like(flip), (flip < recipe["flip"]).float()])
-    rows, columns = resampling(starts, lengths, flips, pixels, size)
+    box = crop_boxes(numbers, recipe["crop"], pixels, pixels)
+    numbers = numbers.T[CROP_NUMBERS:, :, None, None, None]  # (10, B, 1, 1, 1)
+    flip, jitter, brightness, contrast, saturation, hue, grey, blurred, sigma, solarized = numbers
 
-    shifts = (jitter < recipe["jitter"]) * (2 * shifts - 1)
-    strengths = [recipe[name] for name in ("brightness", "contrast", "saturation", "hue")]
-    brightness, contrast, saturation, hue = map(torch.mul, shifts, strengths)
-    rows.mul_((1 + brightness) / 255)  # here it is cheaper than on the pixels
-    x = (images.float().flatten(1, 2) @ columns[:, 0].mT).unflatten(1, (3, pixels))
-    x = (rows @ x).clamp_(0, 1)  # (B, 3, size, size); from here in place, for the cache's sake
-    center = rgb_to_grayscale(x.mean((2, 3), keepdim=True))
-    x.mul_(1 + contrast).sub_(contrast * center).clamp_(0, 1)
-    x.lerp_(rgb_to_grayscale(x), -saturation).clamp_(0, 1)
-    x = turn_hue(x, hue)
-    x.lerp_(rgb_to_grayscale(x), (grey < recipe["grey"]).float())
+    def shift(number, name):
+        return (jitter < recipe["jitter"]) * recipe[name] * (2 * number - 1)
+
+    # crop and flip; images as (B, 3 P, P) make the products of columns larger, so faster
+    rows, columns = resampling(box, flip < recipe["flip"], pixels, size)
+    x = (images.float().flatten(1, 2) @ columns.mT).unflatten(1, (3, pixels))
+    x = rows.div_(255)[:, None] @ x  # (B, 3, size, size)
+    x.mul_(1 + shift(brightness, "brightness")).clamp_(0, 1)
+    contrast = shift(contrast, "contrast")
+    mean = TF.rgb_to_grayscale(x.mean((2, 3), keepdim=True))
+    x.mul_(1 + contrast).sub_(contrast * mean).clamp_(0, 1)
+    x.lerp_(TF.rgb_to_grayscale(x), -shift(saturation, "saturation")).clamp_(0, 1)
+    x = turn_hue(x, shift(hue, "hue"))
+    x.lerp_(TF.rgb_to_grayscale(x), (grey < recipe["grey"]).float())
     if recipe["blur"] > 0:
         x = blur(x, (blurred < recipe["blur"]) * (0.1 + 1.9 * sigma))
     if recipe["solarize"] > 0:
         x = torch.where((solarized < recipe["solarize"]) & (x > 0.5), 1 - x, x)
-    # unlike normalize, this copies nothing to the device
     for channel, mean, std in zip(x.unbind(1), MEAN, STD):
-        channel.sub_(mean).div_(std)
+        channel.sub_(mean).div_(std)  # unlike normalize, this copies nothing to the device
     return x
 
 
-def resampling(start, length, flip, pixels, size):
-    """Antialiased resize of pixels [start, start + length) to size, as weights (size, pixels)."""
-    # the weight of the pixel at x, seen from start, in the output at y is
+def resampling(box, flip, pixels, size):
+    """The rows' and the columns' weights (B, size, pixels) of an antialiased resize of each box.
+
+    Products with them crop, resize and flip a whole batch at once: of all that augment does, only
+    this is not an operation of torchvision's, since one call cannot resize boxes of many sizes.
+    """
+    # the weight of the pixel at x, seen from the box's start, in the output at y is
     # max(0, max(1, scale) - |x - scale y|) over their sum,  scale = length / size
-    scale = length / size
-    x = torch.arange(pixels, device=start.device) + 0.5 - start
-    x = torch.where((x > 0) & (x < length), x, math.inf)  # others have no weight
-    y = torch.arange(size, device=start.device)[:, None] + 0.5
-    y = (flip * size - y).abs()  # a flipped view goes backwards from its right edge
+    starts, lengths = box.T[..., None, None].split(2)  # (2, B, 1, 1)
+    scale = lengths / size
+    x = torch.arange(pixels, device=box.device) + 0.5 - starts
+    x = torch.where((x > 0) & (x < lengths), x, math.inf)  # others have no weight
+    y = torch.arange(size, device=box.device)[:, None] + 0.5
+    # a flipped view goes backwards from its right edge
+    y = torch.stack([y.expand(len(box), -1, 1), torch.where(flip[..., 0], size - y, y)])
     weights = (x - scale * y).abs_().sub_(scale.clamp(min=1)).clamp_(max=0)  # times -1
     return weights.div_(weights.sum(-1, keepdim=True))
 
@@ -428,12 +499,13 @@ class Model(nn.Module):
     """Images (B, 3, S, S) -> embeddings (B, D), and logits (B, classes) of the online probe, which
     sends no gradient to the encoder."""
 
-    def __init__(self, arch, image_size, projector, classes):
+    def __init__(self, args):
         super().__init__()
-        self.encoder, features = small() if arch == "small" else resnet(arch, image_size)
+        self.encoder, features = small() if args.arch == "small" else resnet(args)
         mlp = torchvision.ops.MLP
-        self.projector = mlp(features, projector, norm_layer=nn.BatchNorm1d, bias=False)
-        self.probe = nn.Linear(features, classes)
+        self.projector = mlp(features, args.projector, norm_layer=nn.BatchNorm1d, bias=False)
+        standardize = nn.BatchNorm1d(features, affine=False)
+        self.probe = nn.Sequential(standardize, nn.Linear(features, args.classes))
 
     def forward(self, images):
         features = self.encoder(images)
@@ -450,44 +522,46 @@ def small():
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 256
 
 
-def resnet(arch, image_size):
+def resnet(args):
     """torchvision's ResNet, up to 64 pixels with a 3x3 stem and no max-pool; its features."""
-    encoder = torchvision.models.get_model(arch, weights=None)
+    encoder = torchvision.models.get_model(args.arch, zero_init_residual=args.zero_init)
     features = encoder.fc.in_features
     encoder.fc = nn.Identity()
-    if image_size <= 64:
+    if args.image_size <= 64:
         encoder.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         encoder.maxpool = nn.Identity()
     return encoder, features
 
 
 class LARS(torch.optim.SGD):
-    """SGD with gradients of norm eta |w| for weights, not biases and norms (arXiv 1708.03888)."""
+    """SGD with gradients of norm eta |w| in groups with an eta (arXiv 1708.03888)."""
 
     @torch.no_grad()
-    def step(self, eta=0.02):
+    def step(self, closure=None):
         for group in self.param_groups:
             for w in group["params"]:
-                if w.ndim > 1:
+                if group["eta"] and w.grad is not None:
                     # g <- (g + decay w) eta |w| / |g + decay w|, unless one of the norms is 0
                     decay = group["weight_decay"] * w
                     g = w.grad + decay
-                    ratio = eta * w.norm() / g.norm()
+                    ratio = group["eta"] * w.norm() / g.norm()
                     g = g * torch.where((ratio > 0) & ratio.isfinite(), ratio, 1)
                     w.grad = g - decay  # SGD adds the decay
-        super().step()
+        return super().step(closure)
 
 
 def build_optimizers(args, model):
-    """The optimizers of the network, without weight decay of biases and norms, and of the probe."""
+    """The optimizers of the network and of the probe; biases and norms have no decay, no eta."""
     params = [*model.encoder.parameters(), *model.projector.parameters()]
+    weights = [p for p in params if p.ndim > 1]
+    others = [p for p in params if p.ndim <= 1]
     groups = [
-        dict(params=[p for p in params if p.ndim > 1], weight_decay=args.weight_decay),
-        dict(params=[p for p in params if p.ndim <= 1], weight_decay=0),
+        dict(params=weights, weight_decay=args.weight_decay, eta=args.eta),
+        dict(params=others, weight_decay=0, eta=0),
     ]
-    probe = torch.optim.AdamW(model.probe.parameters(), 1e-2, weight_decay=0, fused=True)
+    probe = torch.optim.AdamW(model.probe.parameters(), 1e-2, weight_decay=0)
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, args.lr, fused=True), probe
+        return torch.optim.AdamW(groups, args.lr), probe
     kind = LARS if args.optimizer == "lars" else torch.optim.SGD
     return kind(groups, args.lr * args.batch_size / 256, momentum=0.9), probe
 
@@ -526,65 +600,72 @@ def take_part(module, inputs, output):
 
 
 class Run:
-    """A run's folder, in which the first process writes log.jsonl, encoder.pt and checkpoint.pt."""
+    """A run's folder, in which the first process writes log.jsonl, encoder.pt and checkpoint.pt.
 
-    def __init__(self, args, parts):
-        """Continues from the folder's checkpoint; parts are all that has a state, by name."""
-        self.out, self.settings, self.parts, self.log = Path(args.out), vars(args), parts, []
-        self.written, self.saved_at = self.time_written(), time.perf_counter()
-        if RANK == 0 and not self.written:
-            self.save(0)
-        found = [load_checkpoint(self.out) if RANK == 0 else None]
+    Each is replaced as a whole, so that a killed run goes on from its last checkpoint. If another
+    run begins in the folder (the same job, queued again), that one goes on and this one ends.
+    """
+
+    def __init__(self, args, states):
+        """Goes on from the folder's checkpoint; states are all objects with a state, by name."""
+        self.out, self.settings, self.states = Path(args.out), vars(args), states
+        self.step, self.log, self.saved_at = 0, [], time.perf_counter()
+        self.part = self.out / f"part-{os.urandom(8).hex()}"  # tells this run from others
+        checkpoint = [load_checkpoint(self.out) if RANK == 0 else None]
         if WORLD > 1:
-            dist.broadcast_object_list(found)
-        (saved,) = found
-        for name, value in self.settings.items():
-            old = saved["settings"].get(name)
-            if old != value and name not in MAY_CHANGE:
-                sys.exit(f"{self.out} has a run with {name} {old}, not {value}: name another --out")
-        self.step, self.log = saved["step"], saved["log"]
-        if self.step > 0 and saved["settings"]["epochs"] < args.epochs:
-            say("more --epochs: learning rate and views' size are again those of the longer run")
-        for name, part in parts.items():
-            part.load_state_dict(saved["states"][name])
+            dist.broadcast_object_list(checkpoint)
+        if checkpoint[0]:
+            self.resume(**checkpoint[0])
 
-    def time_written(self):
-        file = self.out / "checkpoint.pt"
-        return file.stat().st_mtime_ns if file.exists() else None
+    def resume(self, settings, step, log, states):
+        for name in settings.keys() & self.settings.keys() - MAY_CHANGE:
+            old, new = settings[name], self.settings[name]
+            if old != new:
+                sys.exit(f"{self.out} has a run with {name} {old}, not {new}: name another --out")
+        if settings["epochs"] < self.settings["epochs"]:
+            say("more --epochs: learning rate and views' size are again those of the longer run")
+        self.step, self.log = step, log
+        for name, part in self.states.items():
+            part.load_state_dict(states[name])
+
+    def begin(self):
+        self.out.mkdir(parents=True, exist_ok=True)
+        for part in self.out.glob("part-*"):  # of a run that was killed, or that will end now
+            part.unlink()
+        self.part.touch()
 
     def save(self, step):
-        """Writes each of the files as a whole or not at all."""
-        if self.time_written() != self.written:
-            sys.exit(f"another run writes to {self.out}, so this one ends: name another --out")
-        states = {name: part.state_dict() for name, part in self.parts.items()}
+        states = {name: part.state_dict() for name, part in self.states.items()}
         if not all(weight.isfinite().all() for weight in states["model"].values()):
             sys.exit(f"weights are not finite at step {step}; {self.out} keeps its checkpoint")
-        saved = dict(settings=self.settings, step=step, log=self.log, states=states)
-        lines = "".join(json.dumps(record) + "\n" for record in self.log)
-        files = {
-            "log.jsonl": lines.encode(),
-            "encoder.pt": serialized(self.parts["model"].encoder.state_dict()),
-            "checkpoint.pt": serialized(saved),
-        }
+        encoder = self.states["model"].encoder.state_dict()
+        encoder = {name: weight.contiguous() for name, weight in encoder.items()}
+        lines = "".join(json.dumps(line) + "\n" for line in self.log)
+        checkpoint = dict(settings=self.settings, step=step, log=self.log, states=states)
+        self.replace("log.jsonl", lambda file: file.write(lines.encode()))
+        self.replace("encoder.pt", partial(torch.save, encoder))
+        self.replace("checkpoint.pt", partial(torch.save, checkpoint))
+        self.saved_at = time.perf_counter()
+
+    def replace(self, name, write):
         self.out.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            (self.out / "part").write_bytes(content)
-            os.replace(self.out / "part", self.out / name)
-        self.written, self.saved_at = self.time_written(), time.perf_counter()
-
-
-def serialized(content):
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
+        try:
+            with open(self.part, "wb") as file:
+                write(file)
+        except RuntimeError as error:  # so torch.save reports a full disk
+            raise error.__context__ or error from None
+        if [*self.out.glob("part-*")] != [self.part]:
+            self.part.unlink()
+            sys.exit(f"another run has begun in {self.out}, so this one ends")
+        os.replace(self.part, self.out / name)
 
 
 def load_checkpoint(folder):
     """A checkpoint, a dict, or None if there is none."""
     file = Path(folder) / "checkpoint.pt"
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        return {name: saved[name] for name in ("settings", "step", "log", "states")}
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        return {name: checkpoint[name] for name in ("settings", "step", "log", "states")}
     except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:
@@ -605,8 +686,22 @@ def probe_accuracy(model, data, args):
     return 100 * gather(right[None]).sum().item() / len(data)
 
 
+def measure(terms, loss, logits, labels):
+    """A step's values for the log, means over all processes. This waits for a GPU."""
+    values = dict(terms, loss=loss, probe_train=100 * (logits.argmax(1) == labels).float().mean())
+    stacked = torch.stack([value.detach() for value in values.values()])
+    return dict(zip(values, gather(stacked[None]).mean(0).tolist()))
+
+
+def measure_epoch(model, za, test_set, args):
+    """What an epoch's last line says besides: has it collapsed, and is the probe right?"""
+    line = {name: value.item() for name, value in diagnose(za.detach()).items()}
+    return dict(line, probe_test=probe_accuracy(model, test_set, args))
+
+
 def train(args, run, train_set, test_set):
-    model, optimizer, probe_optimizer, scaler = run.parts.values()
+    """The loop: rate, forward, gather, terms, backward, step; then log and save."""
+    model, optimizer, probe_optimizer, scaler = run.states.values()
     criterion = partial(CRITERIA[args.criterion].terms, **args.set)
     net = distribute(model, args)
     if args.compile:
@@ -616,13 +711,14 @@ def train(args, run, train_set, test_set):
     per_epoch = len(train_set) // args.batch_size
     steps = args.epochs * per_epoch
     batches = training_batches(train_set, args, run.step)
-    bar = tqdm(total=steps, initial=run.step, unit="step", disable=RANK > 0)
-    began, logged = time.perf_counter(), run.step
+    bar = tqdm(total=steps, initial=run.step, unit="step", disable=RANK > 0 or None)
+    logged, logged_at = run.step, time.perf_counter()
     for step, (views, labels) in enumerate(batches, run.step):
         lr = optimizer.defaults["lr"] * schedule(step, steps, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
         with autocast(args):
+            # both views at once: batch norms see both, as in SimCLR (VICReg's code: each alone)
             embeddings, logits = net(views)
         za, zb = (gather(z) for z in embeddings.chunk(2))  # the whole batch, with its gradients
         terms = criterion(za, zb)
@@ -637,31 +733,26 @@ def train(args, run, train_set, test_set):
 
         bar.update()
         done = step + 1
-        epoch_ends = done % per_epoch == 0
-        if done % 20 == 0 or epoch_ends:  # at other steps the host does not wait for a GPU
-            top1 = 100 * (logits.argmax(1) == labels).float().mean()
-            values = torch.stack([*terms.values(), loss, top1]).detach()
-            values = gather(values[None]).mean(0)  # over processes
-            record = dict(zip([*terms, "loss", "probe_train"], values.tolist()), step=done, lr=lr)
-            speed = (done - logged) * args.batch_size / (time.perf_counter() - began)
-            record["samples_per_s"] = speed
-            if epoch_ends:
-                record |= {name: value.item() for name, value in diagnose(za.detach()).items()}
-                record["probe_test"] = probe_accuracy(model, test_set, args)
-                say(f"epoch {done // per_epoch}: test accuracy {record['probe_test']:.1f} %")
-            if not math.isfinite(record["loss"]):
-                sys.exit(f"not finite: {record}; {run.out} keeps its checkpoint")
-            run.log.append(record)
-            bar.set_postfix_str(f"loss {loss:.4g}, probe {top1:.1f} %, {speed:.0f} samples/s")
-            began, logged = time.perf_counter(), done
-        overdue = time.perf_counter() - run.saved_at > args.save_every
-        if RANK == 0 and (overdue or done == steps):
+        if done % 20 == 0 or done % per_epoch == 0:  # at other steps nothing waits for a GPU
+            speed = (done - logged) * args.batch_size / (time.perf_counter() - logged_at)
+            line = dict(step=done, lr=lr, samples_per_s=speed)
+            line |= measure(terms, loss, logits, labels)
+            if not math.isfinite(line["loss"]):
+                sys.exit(f"not finite: {line}; {run.out} keeps its checkpoint")
+            text = f"loss {loss:.4g}, {speed:.0f} samples/s, probe {line['probe_train']:.1f} %"
+            bar.set_postfix_str(text)
+            if done % per_epoch == 0:
+                line |= measure_epoch(model, za, test_set, args)
+                say(f"epoch {done // per_epoch}: {text}, test {line['probe_test']:.1f} %")
+            run.log.append(line)
+            logged, logged_at = done, time.perf_counter()
+        if RANK == 0 and (done == steps or time.perf_counter() - run.saved_at > args.save_every):
             run.save(done)
     bar.close()
 
 
 def main(args):
-    start(args.device, args.precision)
+    join(args.device)
     for turn in range(3):  # one process, then one of each other node, then all others
         if turn == (RANK > 0) + (LOCAL_RANK > 0):
             train_set, test_set, classes = load(args)
@@ -670,15 +761,18 @@ def main(args):
     args.images, args.classes = len(train_set), len(classes)
     if args.images < args.batch_size:
         sys.exit(f"--batch-size {args.batch_size}: there are only {args.images} training images")
+
     torch.manual_seed(args.seed)
-    model = Model(args.arch, args.image_size, args.projector, args.classes)
-    model.to(args.device, memory_format=memory_format(args.device))
+    model = Model(args).to(args.device, memory_format=memory_format(args.device))
     optimizer, probe_optimizer = build_optimizers(args, model)
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    parts = dict(model=model, optimizer=optimizer, probe_optimizer=probe_optimizer, scaler=scaler)
-    run = Run(args, parts)
+
+    states = dict(model=model, optimizer=optimizer, probe_optimizer=probe_optimizer, scaler=scaler)
+    run = Run(args, states)
     if run.step >= args.epochs * (args.images // args.batch_size):
         return say(f"{run.out} is complete; more --epochs resume the run")
+    if RANK == 0:
+        run.begin()
     say(
         f"{args.criterion}, {args.arch}: {args.images} images of {args.classes} classes,"
         f" {len(test_set)} test images; {WORLD} x {args.device} {args.precision}; {run.out}"
@@ -687,15 +781,19 @@ def main(args):
     say(f"next: python eval.py {run.out}")
 
 
+def stop(*_):
+    """Ends the run at Ctrl-C; not by an exception, which Python drops in a destructor."""
+    step = (load_checkpoint(args.out) or dict(step=0))["step"]
+    say(f"stopped; the same command goes on from step {step}")
+    os._exit(1)
+
+
 if __name__ == "__main__":
     args = parse_args()
+    signal.signal(signal.SIGINT, stop)
     try:
         main(args)
     except OSError as error:  # an image reader's message has a traceback before it
         sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
-    except KeyboardInterrupt:
-        saved = load_checkpoint(args.out) or dict(step=0)
-        say(f"stopped; the same command goes on from step {saved['step']}")
-        sys.exit(1)
     if WORLD > 1:
         dist.destroy_process_group()
