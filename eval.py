@@ -7,14 +7,12 @@ python eval.py runs/* --plot runs.png               # the online probes' accurac
 
 import argparse
 import json
-import math
 import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
 import train
@@ -38,26 +36,26 @@ def parse_args(argv=None):
 
 
 @torch.no_grad()
-def extract(encoder, data, args):
+def extract(model, data, args):
     """Features (N, F), in float32, and labels (N,) of a set's images, not augmented."""
-    features, labels, end = None, torch.empty(len(data), dtype=torch.int64), 0
+    # arrays that are filled in place: the features of ImageNet have 10 GB
+    features = torch.empty(len(data), model.projector[0].in_features, device=args.device)
+    labels = torch.empty(len(data), dtype=torch.int64, device=args.device)
+    end = 0
     for images, y in tqdm(train.plain_batches(data, args), "features", leave=False, disable=None):
-        x = encoder(images)
-        if features is None:  # one array, filled in place: for ImageNet it has 10 GB
-            features, labels = x.new_empty(len(data), x.shape[1]), labels.to(x.device)
-        begin, end = end, end + len(x)
-        features[begin:end], labels[begin:end] = x, y
+        begin, end = end, end + len(y)
+        features[begin:end], labels[begin:end] = model.encoder(images), y
     return features, labels
 
 
 def linear_probe(train_x, train_y, test_x, test_y, classes, epochs=100, batch=1000, lr=0.03):
     """Last epoch's top-1 and top-5, in %, of a linear classifier of standardized features."""
     mean, std = train_x.mean(0), train_x.std(0).clamp_min(1e-6)
-    probe = nn.Linear(train_x.shape[1], classes, device=train_x.device)
-    nn.init.zeros_(probe.weight)
-    nn.init.zeros_(probe.bias)
+    probe = torch.nn.Linear(train_x.shape[1], classes, device=train_x.device)
+    torch.nn.init.zeros_(probe.weight)
+    torch.nn.init.zeros_(probe.bias)
     optimizer = torch.optim.AdamW(probe.parameters(), lr, weight_decay=1e-4)
-    steps = epochs * math.ceil(len(train_x) / batch)
+    steps = epochs * len(train_x.split(batch))
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for epoch in tqdm(range(epochs), "linear probe", leave=False, disable=None):
         order = torch.randperm(len(train_x), generator=train.generator(epoch))
@@ -109,32 +107,24 @@ def embedding_statistics(projector, features, batch):
 # ---- Runs ----------------------------------------------------------------------------------------
 
 
-def load_model(run, args):
-    """The model of a run, its settings, and the number of steps it was trained."""
-    saved = train.load_checkpoint(run) or sys.exit(f"{run} is no folder of a run")
-    settings = argparse.Namespace(**saved["settings"])
-    torch.manual_seed(settings.seed)
-    try:
-        model = train.Model(settings)
-        if not args.random_init:
-            model.load_state_dict(saved["states"]["model"])
-    except (AttributeError, RuntimeError):
-        sys.exit(f"{run}/checkpoint.pt is of another version of train.py")
-    model.to(args.device, memory_format=train.memory_format(args.device)).eval()
-    return model, settings, 0 if args.random_init else saved["step"]
-
-
 def evaluate(run, args):
     """Returns the table, a dict; asserts that the network has not changed."""
-    model, settings, steps = load_model(run, args)
+    saved = train.load_checkpoint(run) or sys.exit(f"{run} is no folder of a run")
+    settings = argparse.Namespace(**saved["settings"])
     settings.data_dir = args.data_dir or settings.data_dir
     settings.device = args.device
-    *sets, classes = train.load(settings)
+    torch.manual_seed(settings.seed)
+    model = train.Model(settings)
+    if not args.random_init:
+        model.load_state_dict(saved["state_dicts"]["model"])
+    model.to(args.device, memory_format=train.memory_format(args.device)).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    features = [x for data in sets for x in extract(model.encoder, data, settings)]
+    *sets, classes = train.load(settings)
+    features = [x for data in sets for x in extract(model, data, settings)]
     test_x = features[2]
     top1, top5 = linear_probe(*features, len(classes), args.epochs)
-    table = dict(criterion=settings.criterion, steps=steps, linear_top1=top1, linear_top5=top5)
+    table = dict(criterion=settings.criterion, steps=0 if args.random_init else saved["step"])
+    table.update(linear_top1=top1, linear_top5=top5)
     table.update(knn_top1=knn(*features, len(classes), args.k), k=args.k)
     table.update(features=test_x.shape[1], rankme=diagnose(test_x)["rankme"].item())
     table.update(embedding_statistics(model.projector, test_x, settings.batch_size))
@@ -142,45 +132,31 @@ def evaluate(run, args):
     return table
 
 
-def read_json(file):
-    """The values of a file's lines, none if there is no such file."""
-    try:
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    except ValueError as error:
-        sys.exit(f"{file} is damaged: {error}")
-
-
 def plot(runs, file):
-    """Draws the online probe's test accuracy over steps, and eval.py's linear probe as a star."""
+    """Draws the online probe's test accuracy over steps, and eval.json's linear probe as a star."""
     from matplotlib.figure import Figure
 
     figure = Figure((6, 4), layout="constrained")
     axes = figure.subplots()
     for run in runs:
-        log = read_json(run / "log.jsonl")
-        if not log:
-            print(f"{run} is no folder of a run: skipped", file=sys.stderr)
-            continue
+        log = map(json.loads, open(run / "log.jsonl"))
         points = [(line["step"], line["probe_test"]) for line in log if "probe_test" in line]
         (curve,) = axes.plot(*torch.tensor(points).reshape(-1, 2).T, ".-", label=run.name)
-        for table in read_json(run / "eval.json"):
+        if (run / "eval.json").exists():
+            try:
+                table = json.loads((run / "eval.json").read_text())
+            except ValueError as error:
+                sys.exit(f"{run}/eval.json is damaged: {error}")
             axes.plot(table["steps"], table["linear_top1"], "*", color=curve.get_color(), ms=12)
     axes.set(xlabel="steps", ylabel="test top-1 (%): dots online, stars offline")
     axes.legend()
     figure.savefig(file, dpi=150)
 
 
-def write(table, file):
-    """Writes a table whole or not at all."""
-    whole = file.with_suffix(".new")
-    whole.write_text(json.dumps(table) + "\n")
-    os.replace(whole, file)
-
-
 def main():
     args = parse_args()
     if args.plot:
-        return plot(args.runs, args.plot)
+        return plot([run for run in args.runs if (run / "log.jsonl").exists()], args.plot)
     train.join(args.device)
     failed = False
     for run in args.runs:
@@ -189,7 +165,8 @@ def main():
             print(run)
             for name, value in table.items():
                 print(f"{name:30}{value:.4g}" if isinstance(value, float) else f"{name:30}{value}")
-            write(table, run / f"eval{'-random-init' * args.random_init}.json")
+            (run / "eval.new").write_text(json.dumps(table))
+            os.replace(run / "eval.new", run / f"eval{args.random_init * '-random-init'}.json")
         except (OSError, SystemExit) as error:
             failed = True
             print(f"eval.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)

@@ -24,6 +24,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -69,8 +70,8 @@ MAY_CHANGE = set("epochs data_dir device workers out save_every compile".split()
 # torchrun's processes: how many, the number of this one, and the same on its node
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0))
-LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+CORES = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # for each on its node
 
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -91,18 +92,15 @@ def parse_args(argv=None):
     add("--criterion", choices=CRITERIA, default="vicreg", help="a loss of duality.py")
     add("--set", **pairs, help="hyperparameters, e.g. temperature=0.15; a wrong name lists all")
     add("--dataset", choices=DATASETS, default="cifar10", help="what to train on")
-    add(
-        "--data-dir", type=os.path.abspath, default="data", help="holds train/CLASS/IMAGE, or CIFAR"
-    )
+    add("--data-dir", type=os.path.abspath, default="data", help="has train/CLASS/IMAGE, or CIFAR")
     add("--image-size", type=number(int, 8, 1024), metavar="PIXELS", help="side of a view")
     add("--views", **pairs, dest="recipes", help="augmentation, e.g. blur=0.5, or blur=1,0.1")
-    readers = min(8, max(1, os.cpu_count() // LOCAL_WORLD))
-    add("--workers", type=number(int, 0, 256), default=readers, help="image readers a process")
+    add("--workers", type=number(int, 0, 256), default=min(8, CORES), help="readers of images")
 
     add = parser.add_argument_group("model and optimization").add_argument
     add("--arch", choices=ARCHS, metavar="NAME", help="small, or one of torchvision's ResNets")
-    flag = argparse.BooleanOptionalAction
-    add("--zero-init", action=flag, default=False, help="residual branches begin at 0")
+    flag = dict(action=argparse.BooleanOptionalAction, default=False)
+    add("--zero-init", **flag, help="residual branches begin at 0, as in ImageNet's recipes")
     add("--projector", type=widths, metavar="N-N-N", help="widths of the projector's layers")
     add("--epochs", type=number(int, 1, 10**6), default=100, help="passes over the data")
     add("--batch-size", type=number(int, 2, 10**6), help="of all processes together")
@@ -119,7 +117,7 @@ def parse_args(argv=None):
     add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random")
     add("--out", type=os.path.abspath, help="the run's folder")
     add("--save-every", type=nonnegative, default=120, help="seconds between checkpoints")
-    add("--compile", action="store_true", help="torch.compile; with torchrun not the network")
+    add("--compile", **flag, help="torch.compile; with torchrun not the network")
 
     # parse twice: the first pass only finds what the defaults depend on
     chosen, _ = parser.parse_known_args(argv)
@@ -255,27 +253,19 @@ def shapes(n, seed, size=32, device="cpu"):
     uniform = partial(torch.rand, generator=generator(seed))
     labels = torch.arange(n) % 8
     petals = 1 + labels.view(n, 1, 1, 1)
-    left, top, radius, phase, angle, frequency, inverted = uniform(7, n, 1, 1, 1)
+    left, top, radius, phase = uniform(4, n, 1, 1, 1)
     axis = torch.linspace(-1, 1, size)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    v, u = torch.meshgrid(axis, axis, indexing="ij")
     # the flower appears twice in each direction, so that most crops show it
-    u = (x + left) % 1 - 0.5
-    v = (y + top) % 1 - 0.5
+    u, v = (u + left) % 1 - 0.5, (v + top) % 1 - 0.5
     edge = (0.25 + 0.1 * radius) * (1 + 0.5 * (petals * torch.atan2(v, u) + 7 * phase).sin())
     flower = (size * (edge - u.hypot(v))).sigmoid()
-    waves = ((2 + 13 * frequency) * ((4 * angle).cos() * x + (4 * angle).sin() * y)).sin()
-    dark, light, contrast = uniform(3, n, 3, 1, 1)
-    images = torch.lerp(dark / 2, light / 2 + 0.5, flower) + (contrast - 0.5) * waves / 2.5
-    images = torch.where(inverted < 0.5, images, 1 - images)
-    return (images.clamp(0, 1) * 255).byte().to(device), labels.to(device)
+    images = torch.lerp(*uniform(2, n, 3, 1, 1), flower)
+    return (images * 255).byte().to(device), labels.to(device)
 
 
 def load(args):
-    """Training set, test set, and the names of the classes.
-
-    Held sets are TensorDatasets of central squares, uint8 (3, S, S); of streamed ones, images are
-    read whenever they are needed.
-    """
+    """Training and test set, held as central squares, uint8 (3, S, S), or streamed; and classes."""
     size, root = args.image_size, Path(args.data_dir)
     if args.dataset == "shapes":
         sets = [shapes(5000, 0, size, args.device), shapes(2000, 1, size, args.device)]
@@ -289,6 +279,9 @@ def load(args):
             test = "val" if (root / "val").is_dir() else "test"
             loader = partial(read_image, size=size)
             sets = [ImageFolder(root / part, loader=loader) for part in ("train", test)]
+            for data in sets:  # as an array: of a list, each worker would come to have a copy
+                width = max(len(file) for file, _ in data.samples)
+                data.samples = data.imgs = np.array(data.samples, f"U{width},i8")
     except Exception as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         needed = "its archive (or try shapes)" if cifar else "train/CLASS/IMAGE and val/CLASS/IMAGE"
@@ -446,8 +439,7 @@ def augment(images, numbers, recipe, size):
 def resampling(box, flip, pixels, size):
     """The rows' and the columns' weights (B, size, pixels) of an antialiased resize of each box.
 
-    Products with them crop, resize and flip a whole batch at once: of all that augment does, only
-    this is not an operation of torchvision's, since one call cannot resize boxes of many sizes.
+    Products with them crop, resize and flip a batch at once, since no function of torchvision can.
     """
     # the weight of the pixel at x, seen from the box's start, in the output at y is
     # max(0, max(1, scale) - |x - scale y|) over their sum,  scale = length / size
@@ -575,9 +567,7 @@ def schedule(step, steps, warmup):
 
 
 def distribute(model, args):
-    """The model, with gradients and batch norms of all processes' batch."""
-    if WORLD == 1:
-        return model
+    """The model of one of several processes, with gradients and batch norms of the whole batch."""
     if args.device == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     else:  # torch's SyncBatchNorm refuses CPUs: gather the batch before, take the own part after
@@ -609,24 +599,21 @@ class Run:
     def __init__(self, args, states):
         """Goes on from the folder's checkpoint; states are all objects with a state, by name."""
         self.out, self.settings, self.states = Path(args.out), vars(args), states
-        self.step, self.log, self.saved_at = 0, [], time.perf_counter()
         self.part = self.out / f"part-{os.urandom(8).hex()}"  # tells this run from others
-        checkpoint = [load_checkpoint(self.out) if RANK == 0 else None]
+        self.saved_at = time.perf_counter()
+        saved = [load_checkpoint(self.out) if RANK == 0 else None]
         if WORLD > 1:
-            dist.broadcast_object_list(checkpoint)
-        if checkpoint[0]:
-            self.resume(**checkpoint[0])
-
-    def resume(self, settings, step, log, states):
-        for name in settings.keys() & self.settings.keys() - MAY_CHANGE:
-            old, new = settings[name], self.settings[name]
-            if old != new:
+            dist.broadcast_object_list(saved)
+        saved = saved[0] or dict(settings={}, step=0, log=[], state_dicts={})
+        for name, old in saved["settings"].items():
+            new = self.settings.get(name, old)  # a checkpoint may be older than an option
+            if new != old and name not in MAY_CHANGE:
                 sys.exit(f"{self.out} has a run with {name} {old}, not {new}: name another --out")
-        if settings["epochs"] < self.settings["epochs"]:
+        if saved["settings"].get("epochs", args.epochs) < args.epochs:
             say("more --epochs: learning rate and views' size are again those of the longer run")
-        self.step, self.log = step, log
-        for name, part in self.states.items():
-            part.load_state_dict(states[name])
+        self.step, self.log = saved["step"], saved["log"]
+        for name, state_dict in saved["state_dicts"].items():
+            states[name].load_state_dict(state_dict)
 
     def begin(self):
         self.out.mkdir(parents=True, exist_ok=True)
@@ -635,16 +622,16 @@ class Run:
         self.part.touch()
 
     def save(self, step):
-        states = {name: part.state_dict() for name, part in self.states.items()}
-        if not all(weight.isfinite().all() for weight in states["model"].values()):
+        state_dicts = {name: part.state_dict() for name, part in self.states.items()}
+        if not all(weight.isfinite().all() for weight in state_dicts["model"].values()):
             sys.exit(f"weights are not finite at step {step}; {self.out} keeps its checkpoint")
         encoder = self.states["model"].encoder.state_dict()
         encoder = {name: weight.contiguous() for name, weight in encoder.items()}
         lines = "".join(json.dumps(line) + "\n" for line in self.log)
-        checkpoint = dict(settings=self.settings, step=step, log=self.log, states=states)
+        saved = dict(settings=self.settings, step=step, log=self.log, state_dicts=state_dicts)
         self.replace("log.jsonl", lambda file: file.write(lines.encode()))
         self.replace("encoder.pt", partial(torch.save, encoder))
-        self.replace("checkpoint.pt", partial(torch.save, checkpoint))
+        self.replace("checkpoint.pt", partial(torch.save, saved))
         self.saved_at = time.perf_counter()
 
     def replace(self, name, write):
@@ -664,8 +651,8 @@ def load_checkpoint(folder):
     """A checkpoint, a dict, or None if there is none."""
     file = Path(folder) / "checkpoint.pt"
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        return {name: checkpoint[name] for name in ("settings", "step", "log", "states")}
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        return {name: saved[name] for name in ("settings", "step", "log", "state_dicts")}
     except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:
@@ -678,36 +665,26 @@ def probe_accuracy(model, data, args):
     """Top-1 of the online probe on a set's images, in %."""
     model.eval()
     right = torch.zeros((), device=args.device)
-    for images, labels in plain_batches(data, args, RANK, WORLD):
-        with autocast(args):
-            _, logits = model(images)
-        right += (logits.argmax(1) == labels).sum()
+    with autocast(args):
+        for images, labels in plain_batches(data, args, RANK, WORLD):
+            right += (model(images)[1].argmax(1) == labels).sum()
     model.train()
     return 100 * gather(right[None]).sum().item() / len(data)
 
 
-def measure(terms, loss, logits, labels):
-    """A step's values for the log, means over all processes. This waits for a GPU."""
-    values = dict(terms, loss=loss, probe_train=100 * (logits.argmax(1) == labels).float().mean())
+def means(values):
+    """0-d tensors by name as numbers, their means over all processes. This waits for a GPU."""
     stacked = torch.stack([value.detach() for value in values.values()])
     return dict(zip(values, gather(stacked[None]).mean(0).tolist()))
-
-
-def measure_epoch(model, za, test_set, args):
-    """What an epoch's last line says besides: has it collapsed, and is the probe right?"""
-    line = {name: value.item() for name, value in diagnose(za.detach()).items()}
-    return dict(line, probe_test=probe_accuracy(model, test_set, args))
 
 
 def train(args, run, train_set, test_set):
     """The loop: rate, forward, gather, terms, backward, step; then log and save."""
     model, optimizer, probe_optimizer, scaler = run.states.values()
-    criterion = partial(CRITERIA[args.criterion].terms, **args.set)
-    net = distribute(model, args)
-    if args.compile:
-        criterion = torch.compile(criterion)
-        if WORLD == 1:  # torch does not compile SyncBatchNorm
-            net = torch.compile(net, dynamic=False)
+    compiled = torch.compile if args.compile else lambda function, **_: function
+    criterion = compiled(partial(CRITERIA[args.criterion].terms, **args.set))
+    # torch does not compile SyncBatchNorm
+    net = distribute(model, args) if WORLD > 1 else compiled(model, dynamic=False)
     per_epoch = len(train_set) // args.batch_size
     steps = args.epochs * per_epoch
     batches = training_batches(train_set, args, run.step)
@@ -735,14 +712,16 @@ def train(args, run, train_set, test_set):
         done = step + 1
         if done % 20 == 0 or done % per_epoch == 0:  # at other steps nothing waits for a GPU
             speed = (done - logged) * args.batch_size / (time.perf_counter() - logged_at)
+            right = (logits.argmax(1) == labels).float().mean()
             line = dict(step=done, lr=lr, samples_per_s=speed)
-            line |= measure(terms, loss, logits, labels)
+            line |= means(dict(terms, loss=loss, probe_train=100 * right))
             if not math.isfinite(line["loss"]):
                 sys.exit(f"not finite: {line}; {run.out} keeps its checkpoint")
             text = f"loss {loss:.4g}, {speed:.0f} samples/s, probe {line['probe_train']:.1f} %"
             bar.set_postfix_str(text)
             if done % per_epoch == 0:
-                line |= measure_epoch(model, za, test_set, args)
+                line |= means(diagnose(za))
+                line["probe_test"] = probe_accuracy(model, test_set, args)
                 say(f"epoch {done // per_epoch}: {text}, test {line['probe_test']:.1f} %")
             run.log.append(line)
             logged, logged_at = done, time.perf_counter()
@@ -773,10 +752,8 @@ def main(args):
         return say(f"{run.out} is complete; more --epochs resume the run")
     if RANK == 0:
         run.begin()
-    say(
-        f"{args.criterion}, {args.arch}: {args.images} images of {args.classes} classes,"
-        f" {len(test_set)} test images; {WORLD} x {args.device} {args.precision}; {run.out}"
-    )
+    images = f"{args.images} images of {args.classes} classes, {len(test_set)} for testing"
+    say(f"{run.out}: {args.arch}, {images}; {WORLD} x {args.device} {args.precision}")
     train(args, run, train_set, test_set)
     say(f"next: python eval.py {run.out}")
 
