@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 CRITERIA = {}  # name, with hyphens -> loss
-BLOCK = 2**22  # log_sum_exp holds about this many products at a time
+BLOCK = 2**22  # products that log_sum_exp holds at a time; under torch.func, set it to math.inf
 
 
 def criterion(function):
@@ -60,15 +60,17 @@ class Gram(torch.autograd.Function):
     """X X^T. Its gradient, (G + G^T) X, takes one matrix product; autograd's takes two."""
 
     @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
+    def forward(x):
         with torch.autocast(x.device.type, enabled=False):  # L_c and others may be called under it
             return x @ x.T
 
     @staticmethod
     def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return (grad + grad.T.contiguous()) @ x  # a contiguous copy adds faster
+        return (grad + grad.T.contiguous()) @ ctx.saved_tensors[0]  # a contiguous copy adds faster
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # apart from forward, as torch.func asks for
+        ctx.save_for_backward(*inputs)
 
 
 gram = Gram.apply
@@ -250,7 +252,7 @@ def log_sum_exp(x, n_samples, temperature, similarity=torch.positive):
     """log sum_j exp(s(x_i . x_j) / tau) for each row i of x (n, m), over rows j of other samples.
 
     Row i belongs to sample i mod n_samples; by default, s is the identity. More products than BLOCK
-    are computed in blocks of rows, and computed again in the backward pass.
+    are computed in blocks of rows, and again in the backward pass, which torch.func cannot do.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")

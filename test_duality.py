@@ -691,6 +691,18 @@ def test_terms_compile_whole(name):
 
 # --- To watch and to distribute ---
 
+@every_criterion
+def test_torch_func_has_the_same_gradient(name):
+    views, net = two_views(8, 6), torch.nn.Linear(6, 5, dtype=torch.float64)
+    weights = dict(net.named_parameters())
+
+    def loss(weights):
+        return CRITERIA[name](*(torch.func.functional_call(net, weights, view) for view in views))
+
+    exact = torch.autograd.grad(CRITERIA[name](*map(net, views)), net.parameters())
+    assert_equal(torch.func.grad(loss)(weights).values(), exact)
+
+
 
 @pytest.mark.parametrize("spectrum", [[1] * 7, [1] + [0] * 6, [4, 2, 1, 1, 0.5, 0.25, 0]])
 @pytest.mark.parametrize("n, d", [(7, 7), (7, 20), (20, 7)])
