@@ -5,12 +5,10 @@ Garrido, Chen, Bardes, Najman, LeCun, ICLR 2023, arXiv 2206.02574.
 Notation. The paper's K has a row K_j,. per dimension and a column K_.,i per image. Here z = K^T is
 (N, D): one embedding z_i per image, N images in a batch, D dimensions (M in the paper). Each image
 has two views, za and zb; formulas write z_i and z'_i for their rows, K and K' for their transposes.
-
-A criterion is a function f(za, zb, **hyperparameters) that returns a dict of its weighted terms.
-@criterion makes it a loss: vicreg(za, zb) is the sum of the terms, vicreg.terms(za, zb) the dict.
 """
 
 import functools
+import inspect
 import math
 
 import torch
@@ -23,11 +21,14 @@ BLOCK = 2**22  # products that log_sum_exp holds at a time; under torch.func, se
 
 
 def criterion(function):
-    """Turns a function of (za, zb) that returns weighted terms into a loss listed in CRITERIA.
+    """Makes a loss of a pure function of both views: no labels, no parameters, no state.
 
-    It computes in float32 or float64, even under autocast. Raises ValueError unless both views are
-    (N, D), N > 1, D > 0; on a CPU also if the loss (not .terms) is not finite.
+    It returns a dict of weighted terms or a tensor, the term "loss"; hyperparameters have defaults.
+    Decorated, vicreg(za, zb) is the sum of its terms and vicreg.terms(za, zb) the dict, in float32
+    or float64, even under autocast. Both raise ValueError unless both views are (N, D), N > 1,
+    D > 0; on a CPU, the sum also if it is not finite.
     """
+    inspect.signature(function).bind("za", "zb")  # TypeError if a hyperparameter has no default
 
     @functools.wraps(function)
     def terms(za, zb, **hyperparameters):
@@ -35,7 +36,11 @@ def criterion(function):
             raise ValueError(f"two views (N, D), N > 1, D > 0, needed: {za.shape}, {zb.shape}")
         dtype = torch.promote_types(za.dtype, torch.float32)
         with torch.autocast(za.device.type, enabled=False):
-            return function(za.to(dtype), zb.to(dtype), **hyperparameters)
+            found = function(za.to(dtype), zb.to(dtype), **hyperparameters)
+        found = found if isinstance(found, dict) else dict(loss=found)
+        if not found or not all(isinstance(term, torch.Tensor) for term in found.values()):
+            raise TypeError(f"{function.__name__} must return a tensor or a dict of tensors")
+        return found
 
     @functools.wraps(function)
     def loss(za, zb, **hyperparameters):

@@ -1057,6 +1057,21 @@ def test_a_criterion_may_need_many_samples(monkeypatch):
 
 
 def test_readmes_own_loss_is_its_formula(monkeypatch):
+def test_a_loss_of_ones_own_may_be_one_tensor(monkeypatch):
+    register(lambda za, zb: F.mse_loss(za, zb), monkeypatch)
+    own, zs = CRITERIA["own"], two_views(4, 3)
+    assert own.terms(*zs) == {"loss": own(*zs)} == {"loss": F.mse_loss(*zs)}
+
+
+@pytest.mark.parametrize("found", [None, 1.0, [torch.ones(())], {}, dict(a=torch.ones(()), b=1.0)])
+def test_what_is_no_loss_is_refused(found, monkeypatch):
+    register(lambda za, zb: found, monkeypatch)
+    with pytest.raises(TypeError, match="^own must return a tensor or a dict of tensors$"):
+        CRITERIA["own"](*two_views(4, 3))
+    with pytest.raises(TypeError, match="'weight'"):
+        register(lambda za, zb, weight: dict(a=weight * za.sum()), monkeypatch)
+
+
     monkeypatch.setattr(duality, "CRITERIA", {})
     exec(readme("frossl"), dict(vars(duality)))
     zs = two_views(12, 5)
