@@ -119,10 +119,11 @@ def plain_spectral(za, zb, radius=3.0):
     return dict(invariance=invariance, repulsion=off_diagonal(za @ zb.T).square().mean())
 
 
-def plain_barlow_twins(za, zb, redundancy=0.0051):
+def plain_barlow_twins(za, zb, redundancy=0.0051, scale=1.0):
     c = standardized(za).T @ standardized(zb) / len(za)
-    invariance = (1 - c.diagonal()).square().sum()
-    return dict(invariance=invariance, redundancy=redundancy * off_diagonal(c).square().sum())
+    invariance = scale * (1 - c.diagonal()).square().sum()
+    redundancy = scale * redundancy * off_diagonal(c).square().sum()
+    return dict(invariance=invariance, redundancy=redundancy)
 
 
 def plain_tcr(za, zb, invariance=1.0, eps=0.5):
@@ -379,7 +380,7 @@ torch.set_num_threads(1)  # on a busy machine threads wait for each other at eac
 
 SHAPES = [(8, 5), (5, 12), (6, 6)]
 OTHERS = dict(invariance=3.0, variance=2.0, covariance=0.7, repulsion=0.3, redundancy=0.1)
-OTHERS |= dict(temperature=0.07, negatives="own", radius=1.5, eps=0.3, t=0.3)  # no defaults
+OTHERS |= dict(temperature=0.07, negatives="own", radius=1.5, eps=0.3, t=0.3, scale=0.1)
 every_criterion = pytest.mark.parametrize("name", CRITERIA)
 every_shape = pytest.mark.parametrize("n, d", SHAPES)
 
