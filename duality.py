@@ -45,7 +45,7 @@ def criterion(function):
     @functools.wraps(function)
     def loss(za, zb, **hyperparameters):
         total = sum(terms(za, zb, **hyperparameters).values())
-        if total.is_cpu and not total.isfinite():
+        if total.is_cpu and not math.isfinite(total.item()):
             raise ValueError(f"{function.__name__} is {total:g}: embeddings not finite, or D = 1?")
         return total
 
@@ -95,7 +95,8 @@ def diagonal_and_rest(x, y=None):
     n, m = x.shape
     if n <= 1.2 * m:  # for n near m, the rest can be near 0: below, digits cancel
         products = gram(x) if y is None else x @ y.T
-        return products.diagonal(), (products - products.diagonal().diag()).square().sum()
+        rest = products.diagonal_scatter(x.new_zeros(n))
+        return products.diagonal(), (rest * rest).sum()
     gram_x = gram(x.T)
     gram_y = gram_x if y is None else gram(y.T)
     diagonal = (x * (x if y is None else y)).sum(1)
@@ -252,7 +253,7 @@ def spectral(za, zb, radius=3.0):
     N = len(za)
     za, zb = (z * (radius / z.norm(dim=1, keepdim=True).clamp_min(radius)) for z in (za, zb))
     positives, squares = diagonal_and_rest(za, zb)
-    return dict(invariance=-2 * positives.mean(), repulsion=squares / N / (N - 1))
+    return dict(invariance=-2 * positives.mean(), repulsion=squares / (N * (N - 1)))
 
 
 def log_sum_exp(x, n_samples, temperature, similarity=torch.positive):
