@@ -70,12 +70,12 @@ class Gram(torch.autograd.Function):
             return x @ x.T
 
     @staticmethod
-    def backward(ctx, grad):
-        return (grad + grad.T.contiguous()) @ ctx.saved_tensors[0]  # a contiguous copy adds faster
-
-    @staticmethod
     def setup_context(ctx, inputs, output):  # apart from forward, as torch.func asks for
         ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad + grad.T.contiguous()) @ ctx.saved_tensors[0]  # a contiguous copy adds faster
 
 
 gram = Gram.apply
@@ -87,13 +87,11 @@ def smaller_gram(x):
 
 
 def diagonal_and_rest(x, y=None):
-    """The diagonal of X Y^T (n,) for x, y (n, m), and the sum of squares of its other entries.
-
-    By default, y is x: then the diagonal holds ||x_i||^2, and the sum is L_c(x).
-    """
+    """Diagonal (n,) of X Y^T, by default of X X^T, and the sum of squares of its other entries."""
     # ||X Y^T - diag(X Y^T)||_F^2 = <X^T X, Y^T Y>_F - sum_i (x_i . y_i)^2
+    # For n > 1.2 m rows of one norm the difference is over 1/6 of its first term: few digits cancel
     n, m = x.shape
-    if n <= 1.2 * m:  # for n near m, the rest can be near 0: below, digits cancel
+    if n <= 1.2 * m:
         products = gram(x) if y is None else x @ y.T
         rest = products.diagonal_scatter(x.new_zeros(n))
         return products.diagonal(), (rest * rest).sum()
@@ -132,8 +130,7 @@ def corollary_3_4_1(z):
 
 
 def center(z):
-    """Centers each dimension to mean 0."""
-    return z - z.sum(0) / len(z)  # cheaper backward than mean(0)
+    return z - z.sum(0) / len(z)  # each dimension to mean 0; cheaper backward than mean(0)
 
 
 def standardize(z, eps=1e-5):
@@ -141,22 +138,21 @@ def standardize(z, eps=1e-5):
     return F.batch_norm(z, None, None, training=True, eps=eps)
 
 
-def spread(z):
+def normalize_dimensions(z):
     """Centers each dimension and scales it to norm sqrt(N / D), Eq 14."""
     # centered first, so that the rounding of a large mean is not scaled up in a constant dimension
     return standardize(center(z), eps=1e-30) / math.sqrt(z.shape[1])
 
 
-def distance(za, zb):
-    # 1/N sum_i ||z_i - z'_i||^2
+def mean_squared_distance(za, zb):  # 1/N sum_i ||z_i - z'_i||^2
     return za.shape[1] * F.mse_loss(za, zb)
 
 
 def squared_contrast(L, za, zb, invariance, repulsion):
     # lambda / N sum_i ||z_i - z'_i||^2 + nu / (2N) (L(K) + L(K'))
-    za, zb = spread(za), spread(zb)
-    weight = repulsion / (2 * len(za))
-    return dict(invariance=invariance * distance(za, zb), repulsion=weight * (L(za) + L(zb)))
+    za, zb = normalize_dimensions(za), normalize_dimensions(zb)
+    attraction = invariance * mean_squared_distance(za, zb)
+    return dict(invariance=attraction, repulsion=repulsion / (2 * len(za)) * (L(za) + L(zb)))
 
 
 # ---- Dimension-contrastive criteria (Prop 3.2) ---------------------------------------------------
@@ -168,19 +164,16 @@ def dimension_contrastive(za, zb, invariance=25.0, repulsion=1.0):
     return squared_contrast(L_nc, za, zb, invariance, repulsion)
 
 
-# C = X X^T / (m - 1) for X (n, m): X = K or, for VICReg-ctr, X = K^T; dimensions are centered.
-
-
-def hinge(diagonal, eps=1e-4):
-    # v = 1/n sum_i max(0, 1 - sqrt(C_ii + eps))
-    return F.relu(1 - (diagonal + eps).sqrt()).mean()
+def hinge(variances, eps=1e-4):
+    # v = 1/n sum_i max(0, 1 - sqrt(C_ii + eps)),  C = X X^T / (m - 1) of X (n, m), K or K^T
+    return F.relu(1 - (variances + eps).sqrt()).mean()
 
 
 def v_and_c(z):
     # c = 1/D sum_{i != j} C_ij^2
     N, D = z.shape
     diagonal, squares = diagonal_and_rest(z.T)
-    return hinge(diagonal / (N - 1)), squares / (N - 1) ** 2 / D
+    return hinge(diagonal / (N - 1)), squares / ((N - 1) ** 2 * D)
 
 
 def vicreg_terms(za, zb, regularizers, lambda_, mu, nu):
@@ -200,7 +193,7 @@ def v_and_c_contrastive(z):
     # c = (L_c + L_reg) / ((N - 1)^2 D),  L_reg = sum_i ||K_.,i||^4 - sum_j ||K_j,.||^4
     N, D = z.shape
     squares = L_c(z) + norms4(z) - norms4(z.T)
-    return hinge((z * z).sum(0) / (N - 1)), squares / (N - 1) ** 2 / D
+    return hinge((z * z).sum(0) / (N - 1)), squares / ((N - 1) ** 2 * D)
 
 
 @criterion
@@ -234,7 +227,7 @@ def tcr(za, zb, invariance=1.0, eps=0.5):
     # lambda / N sum_i ||z_i - z'_i||^2 - (R(K) + R(K')) / (2N)
     za, zb = F.normalize(za), F.normalize(zb)
     rate = (coding_rate(za, eps) + coding_rate(zb, eps)) / (2 * len(za))
-    return dict(invariance=invariance * distance(za, zb), repulsion=-rate)
+    return dict(invariance=invariance * mean_squared_distance(za, zb), repulsion=-rate)
 
 
 # ---- Sample-contrastive criteria (Prop 3.1, 3.2) -------------------------------------------------
@@ -270,8 +263,9 @@ def log_sum_exp(x, n_samples, temperature, similarity=torch.positive):
     def of_rows(rows, sample_of_row):
         products = gram(x) if rows is x and n <= m else rows @ x.T  # n > m: G + G^T costs more
         scores = similarity(products) / temperature
+        # masked in place, unseen by autograd: as exp(-inf) = 0, no gradient comes to what is masked
         scores.detach().masked_fill_(sample_of_row[:, None] == sample, -math.inf)
-        return scores.logsumexp(1)  # the mask is not recorded: as exp(-inf) = 0, its gradient is 0
+        return scores.logsumexp(1)
 
     if n * n <= BLOCK:
         return of_rows(x, sample)
@@ -321,7 +315,7 @@ def simclr_centered(za, zb, temperature=0.2, negatives="both"):
 @criterion
 def simclr_standardized(za, zb, temperature=0.2, negatives="both"):
     """Variant B of table 1, Eq 14: dimensions of mean 0 and norm sqrt(N / D)."""
-    return nt_xent(spread(za), spread(zb), temperature, negatives)
+    return nt_xent(normalize_dimensions(za), normalize_dimensions(zb), temperature, negatives)
 
 
 @criterion
@@ -347,9 +341,8 @@ def dcl_abs(za, zb, temperature=0.2, negatives="both"):
 
 def v_and_c_exp(x, temperature):
     # c_exp = 1/n sum_i log sum_{j != i} exp(C_ij / tau)
-    n, m = x.shape
-    x = x / math.sqrt(m - 1)
-    return hinge((x * x).sum(1)), log_sum_exp(x, n, temperature).mean()
+    x = x / math.sqrt(x.shape[1] - 1)  # now C = X X^T
+    return hinge((x * x).sum(1)), log_sum_exp(x, len(x), temperature).mean()
 
 
 @criterion
@@ -402,8 +395,7 @@ def rankme(z):
 def diagnose(z):
     """Indicators of collapse of z (N, D), and both sides of theorem 3.3, as 0-d float64 tensors.
 
-    negative_mean and negative_variance are over cosines of different samples: ideally 0 and 1 / D
-    (Prop 3.1). If z is not finite, the affected values are nan or inf.
+    negative_mean and _variance, of different samples' cosines, are ideally 0 and 1 / D (Prop 3.1).
     """
     z = z.cpu().double() if z.device.type == "mps" else z.double()  # MPS has no float64
     N, D = z.shape

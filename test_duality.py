@@ -64,7 +64,7 @@ def standardized(z):
     return centered(z) / (centered(z).square().mean(0) + 1e-5).sqrt()
 
 
-def spread(z):
+def dimensions_normalized(z):
     """Centered dimensions scaled to norm sqrt(N / D)."""
     n, d = z.shape
     return unit(centered(z).T).T * (n / d) ** 0.5
@@ -135,7 +135,7 @@ def plain_tcr(za, zb, invariance=1.0, eps=0.5):
 
 
 def plain_squared_contrast(za, zb, invariance=25.0, repulsion=1.0, transpose=False):
-    za, zb = spread(za), spread(zb)
+    za, zb = dimensions_normalized(za), dimensions_normalized(zb)
     n = len(za)
     ks = (za.T, zb.T) if transpose else (za, zb)
     squares = sum(off_diagonal(k @ k.T).square().sum() for k in ks)
@@ -167,7 +167,7 @@ PLAIN = {
     "dcl-sq": partial(plain_contrastive, s=torch.square, dcl=True),
     "dcl-abs": partial(plain_contrastive, s=torch.abs, dcl=True),
     "simclr-centered": partial(plain_contrastive, scale=lambda z: unit(centered(z))),
-    "simclr-standardized": partial(plain_contrastive, scale=spread),
+    "simclr-standardized": partial(plain_contrastive, scale=dimensions_normalized),
     "spectral": plain_spectral,
     "barlow-twins": plain_barlow_twins,
     "tcr": plain_tcr,
@@ -282,7 +282,7 @@ def benchmark(name, n, d, device, compile):
     ms, mib = times[0], mibs[0]
     row = f"{name:12} {n:5} {d:5} {ms:8.2f} {bare_ms:8.2f} {ms / bare_ms:6.2f} {mib:7.1f}"
     for peer, peer_ms, peer_mib in zip(list(losses)[1:], times[1:], mibs[1:]):
-        row += f" | {peer:8} x {peer_ms / ms:5.1f}, x {peer_mib / mib:4.1f}"
+        row += f" | {peer:8} x {peer_ms / ms:6.2f}, x {peer_mib / mib:5.2f}"
     print(row, flush=True)
 
 
@@ -691,8 +691,6 @@ def test_terms_compile_whole(name):
     assert_equal(*(value_and_gradients(f, *zs) for f in (summed(terms), CRITERIA[name])))
 
 
-# --- To watch and to distribute ---
-
 @every_criterion
 def test_torch_func_has_the_same_gradient(name):
     views, net = two_views(8, 6), torch.nn.Linear(6, 5, dtype=torch.float64)
@@ -704,6 +702,8 @@ def test_torch_func_has_the_same_gradient(name):
     exact = torch.autograd.grad(CRITERIA[name](*map(net, views)), net.parameters())
     assert_equal(torch.func.grad(loss)(weights).values(), exact)
 
+
+# --- To watch and to distribute ---
 
 
 @pytest.mark.parametrize("spectrum", [[1] * 7, [1] + [0] * 6, [4, 2, 1, 1, 0.5, 0.25, 0]])
@@ -1057,7 +1057,6 @@ def test_a_criterion_may_need_many_samples(monkeypatch):
     parse("--dataset shapes --criterion own --batch-size 64 --projector 32-5")
 
 
-def test_readmes_own_loss_is_its_formula(monkeypatch):
 def test_a_loss_of_ones_own_may_be_one_tensor(monkeypatch):
     register(lambda za, zb: F.mse_loss(za, zb), monkeypatch)
     own, zs = CRITERIA["own"], two_views(4, 3)
@@ -1073,6 +1072,7 @@ def test_what_is_no_loss_is_refused(found, monkeypatch):
         register(lambda za, zb, weight: dict(a=weight * za.sum()), monkeypatch)
 
 
+def test_readmes_own_loss_is_its_formula(monkeypatch):
     monkeypatch.setattr(duality, "CRITERIA", {})
     exec(readme("frossl"), dict(vars(duality)))
     zs = two_views(12, 5)
