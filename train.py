@@ -331,6 +331,7 @@ class Steps:
     def __init__(self, data, args):
         self.data, self.args = copy.copy(data), args
         self.data.transform = None
+        self.least = torch.tensor([[recipe["crop"]] for recipe in args.recipes])
 
     def __getitem__(self, step):
         size, seed = self.args.batch_size, self.args.seed
@@ -349,11 +350,9 @@ class Steps:
 
     def crops(self, index, numbers):
         image, label = self.data[index]
-        crops = []
-        for of_view, recipe in zip(numbers, self.args.recipes):
-            (box,) = crop_boxes(of_view[None], recipe["crop"], image.height, image.width).tolist()
-            crop = TF.resized_crop(image, *box, 2 * [self.args.image_size])
-            crops.append(TF.pil_to_tensor(crop))
+        pixels, size = TF.pil_to_tensor(image), 2 * [self.args.image_size]
+        boxes = crop_boxes(numbers, self.least, image.height, image.width).tolist()
+        crops = [TF.resized_crop(pixels, *box, size) for box in boxes]
         return torch.stack(crops), torch.tensor(label)
 
 
