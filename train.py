@@ -39,25 +39,22 @@ from tqdm import tqdm
 
 from duality import CRITERIA, diagnose, gather
 
-# the defaults of each optimizer, of each kind of encoder, and of each data set
-OPTIMIZERS = {
-    "lars": dict(optimizer="lars", lr=0.1, weight_decay=1e-4),
-    "sgd": dict(optimizer="sgd", lr=0.1, weight_decay=1e-4),
-    "adamw": dict(optimizer="adamw", lr=2e-3, weight_decay=1e-2),
-}
-SMALL = dict(arch="small", projector="512-512-512", batch_size=128, grow=0.6, **OPTIMIZERS["adamw"])
-RESNET = dict(arch="resnet18", projector="2048-2048-2048", batch_size=256, **OPTIMIZERS["lars"])
+DATASETS = ["cifar10", "cifar100", "imagenet", "folder", "shapes"]
+ARCHS = ["small", *torchvision.models.list_models(torchvision.models, include="*resne[tx]*")]
+OPTIMIZERS = ["lars", "sgd", "adamw"]
+# what a data set, an arch and an optimizer, in this order, change in the defaults of parse_args
+SMALL = dict(arch="small", projector="512-512-512", batch_size=128, optimizer="adamw", grow=0.6)
 VICREG = dict(arch="resnet50", projector="8192-8192-2048", batch_size=1024, zero_init=True)
 VICREG |= dict(optimizer="lars", lr=0.3, eta=0.001, weight_decay=1e-6, warmup=0.1)
 VICREG |= dict(recipes=["crop=0.08", "blur=1,0.1", "solarize=0,0.2"])
-DATASETS = {
-    "cifar10": dict(RESNET, image_size=32),
-    "cifar100": dict(RESNET, image_size=32),
+PRESETS = {
     "imagenet": dict(VICREG, image_size=224),
-    "folder": dict(RESNET, image_size=224),
-    "shapes": dict(SMALL, epochs=12, image_size=32),
+    "folder": dict(image_size=224),
+    "shapes": dict(SMALL, epochs=12),
+    "small": SMALL,
+    "sgd": dict(lr=0.1, weight_decay=1e-4),
+    "adamw": dict(lr=2e-3, weight_decay=1e-2),
 }
-ARCHS = ["small", *torchvision.models.list_models(torchvision.models, include="*resne[tx]*")]
 # the augmentation: a crop's least share of the area, strengths from brightness to hue, and
 # probabilities of all else
 AUGMENTATION = dict(crop=0.2, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2)
@@ -93,21 +90,21 @@ def parse_args(argv=None):
     add("--set", **pairs, help="hyperparameters, e.g. temperature=0.15; a wrong name lists all")
     add("--dataset", choices=DATASETS, default="cifar10", help="what to train on")
     add("--data-dir", type=os.path.abspath, default="data", help="has train/CLASS/IMAGE, or CIFAR")
-    add("--image-size", type=number(int, 8, 1024), metavar="PIXELS", help="side of a view")
+    add("--image-size", type=number(int, 8, 1024), default=32, help="side of a view")
     add("--views", **pairs, dest="recipes", help="augmentation, e.g. blur=0.5, or blur=1,0.1")
     add("--workers", type=number(int, 0, 256), default=min(8, CORES), help="readers of images")
 
     add = parser.add_argument_group("model and optimization").add_argument
-    add("--arch", choices=ARCHS, metavar="NAME", help="small, or one of torchvision's ResNets")
+    add("--arch", choices=ARCHS, default="resnet18", metavar="NAME", help="small, or a ResNet")
     flag = dict(action=argparse.BooleanOptionalAction, default=False)
     add("--zero-init", **flag, help="residual branches begin at 0, as in ImageNet's recipes")
-    add("--projector", type=widths, metavar="N-N-N", help="widths of the projector's layers")
+    add("--projector", type=widths, default="2048-2048-2048", help="widths of its layers")
     add("--epochs", type=number(int, 1, 10**6), default=100, help="passes over the data")
-    add("--batch-size", type=number(int, 2, 10**6), help="of all processes together")
-    add("--optimizer", choices=OPTIMIZERS, help="of encoder and projector")
-    add("--lr", type=nonnegative, help="times batch size / 256, except with adamw")
+    add("--batch-size", type=number(int, 2, 10**6), default=256, help="of all processes together")
+    add("--optimizer", choices=OPTIMIZERS, default="lars", help="of encoder and projector")
+    add("--lr", type=nonnegative, default=0.1, help="times batch size / 256, except with adamw")
     add("--eta", type=nonnegative, default=0.02, help="lars: a step is lr eta of a weight's norm")
-    add("--weight-decay", type=nonnegative, help="of weights, not of biases and norms")
+    add("--weight-decay", type=nonnegative, default=1e-4, help="of weights, not biases or norms")
     add("--warmup", type=share, default=0.05, help="share of steps in which the rate rises")
     add("--grow", type=share, default=0.0, help="share of steps, the first, at 5/8 of the size")
 
@@ -119,13 +116,11 @@ def parse_args(argv=None):
     add("--save-every", type=nonnegative, default=120, help="seconds between checkpoints")
     add("--compile", **flag, help="torch.compile; with torchrun not the network")
 
-    # parse twice: the first pass only finds what the defaults depend on
-    chosen, _ = parser.parse_known_args(argv)
-    defaults = DATASETS[chosen.dataset] | (SMALL if chosen.arch == "small" else {})
-    if chosen.optimizer not in (None, defaults["optimizer"]):
-        defaults |= OPTIMIZERS[chosen.optimizer]
-    defaults["out"] = f"runs/{chosen.dataset}-{chosen.criterion}"
-    parser.set_defaults(**defaults, precision=fastest_precision(chosen.device))
+    for option in ("dataset", "arch", "optimizer"):  # each may change the defaults of the next
+        chosen, _ = parser.parse_known_args(argv)
+        parser.set_defaults(**PRESETS.get(getattr(chosen, option), {}))
+    out = f"runs/{chosen.dataset}-{chosen.criterion}"
+    parser.set_defaults(out=out, precision=fastest_precision(chosen.device))
     add("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this and exit")
     args = parser.parse_args(argv)
     check(args, parser)
