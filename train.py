@@ -306,58 +306,53 @@ def read(data, args, workers=0, **options):
 def plain_batches(data, args, rank=0, world=1):
     """Yields a process's share of the images, normalized (B, 3, S, S), and labels (B,)."""
     size = 500 if args.device == "cuda" else 100
+    share = range(rank, len(data), world)
     if isinstance(data, TensorDataset):
-        starts = range(rank, len(data), world * size)
-        batches = (data[start : start + world * size : world] for start in starts)
+        batches = read(data, args, batch_size=None, sampler=torch.tensor(share).split(size))
     else:
-        share = range(rank, len(data), world)
         batches = read(data, args, args.workers, batch_size=size, sampler=share)
     for images, labels in batches:
         yield TF.normalize(images / 255, MEAN, STD), labels
 
 
-class Steps:
-    """What each step needs: images, numbers in [0, 1) (2, B, NUMBERS) for their views, and labels.
+def step_data(data, args, step):
+    """What a step needs: images, numbers in [0, 1) (2, B, NUMBERS) for their views, and labels.
 
-    Held images are uint8 (B, 3, P, P); of streamed ones a worker cuts crops (2, B, 3, S, S). All
+    Images (2, B, 3, P, P) are uint8: held ones twice, of streamed ones a crop for each view. All
     depend on the seed and the step alone, and each process has its part of the batch.
     """
+    size = args.batch_size
+    epoch, k = divmod(step, len(data) // size)
+    order = torch.randperm(len(data), generator=generator(args.seed, epoch))
+    indices = order[k * size : (k + 1) * size].chunk(WORLD)[RANK]
+    numbers = torch.rand(2, size, NUMBERS, generator=generator(args.seed, step, 0))
+    numbers = numbers.chunk(WORLD, 1)[RANK]
+    if isinstance(data, TensorDataset):
+        images, labels = data[indices.to(args.device, non_blocking=True)]
+        return images.expand(2, *images.shape), numbers, labels
+    pairs = zip(indices.tolist(), numbers.unbind(1))
+    crops, labels = zip(*(crop_image(*data[i], of_image, args) for i, of_image in pairs))
+    return torch.stack(crops, 1), numbers, torch.tensor(labels)
 
-    def __init__(self, data, args):
-        self.data, self.args = copy.copy(data), args
-        self.data.transform = None
-        self.least = torch.tensor([[recipe["crop"]] for recipe in args.recipes])
 
-    def __getitem__(self, step):
-        size, seed = self.args.batch_size, self.args.seed
-        epoch, k = divmod(step, len(self.data) // size)
-        order = torch.randperm(len(self.data), generator=generator(seed, epoch))
-        numbers = torch.rand(2, size, NUMBERS, generator=generator(seed, step, 0))
-        indices = order[k * size : (k + 1) * size].chunk(WORLD)[RANK]
-        numbers = numbers.chunk(WORLD, 1)[RANK]
-        if isinstance(self.data, TensorDataset):
-            images, labels = self.data[indices.to(self.args.device, non_blocking=True)]
-        else:
-            pairs = [self.crops(*each) for each in zip(indices.tolist(), numbers.unbind(1))]
-            images, labels = map(torch.stack, zip(*pairs))
-            images = images.transpose(0, 1)
-        return images, numbers, labels
-
-    def crops(self, index, numbers):
-        image, label = self.data[index]
-        pixels, size = TF.pil_to_tensor(image), 2 * [self.args.image_size]
-        boxes = crop_boxes(numbers, self.least, image.height, image.width).tolist()
-        crops = [TF.resized_crop(pixels, *box, size) for box in boxes]
-        return torch.stack(crops), torch.tensor(label)
+def crop_image(image, label, numbers, args):
+    """A PIL image's crops (2, 3, S, S), one for each view, by numbers (2, NUMBERS); the label."""
+    least = torch.tensor([[recipe["crop"]] for recipe in args.recipes])
+    boxes = crop_boxes(numbers, least, image.height, image.width).tolist()
+    pixels, size = TF.pil_to_tensor(image), 2 * [args.image_size]
+    return torch.stack([TF.resized_crop(pixels, *box, size) for box in boxes]), label
 
 
 def training_batches(data, args, first):
     """Yields, from step first, this process's views (2B, 3, S, S), a's before b's, and labels."""
+    workers, recipes = 0, args.recipes
+    if not isinstance(data, TensorDataset):  # workers crop, so the device need not
+        workers, recipes = args.workers, [recipe | dict(crop=1) for recipe in recipes]
+        data = copy.copy(data)
+        data.transform = None
     steps = range(first, args.epochs * (len(data) // args.batch_size))
-    held = isinstance(data, TensorDataset)
-    operations = torch.compile(augment, dynamic=False) if args.compile else augment
-    workers = 0 if held else args.workers
-    batches = read(Steps(data, args), args, workers, batch_size=None, sampler=steps)
+    operations = torch.compile(augment, dynamic=False, disable=not args.compile)
+    batches = read(steps, args, workers, batch_size=None, collate_fn=partial(step_data, data, args))
     for step, (images, numbers, labels) in zip(steps, batches):
         side = args.image_size
         if step < args.grow * steps.stop:
@@ -365,11 +360,9 @@ def training_batches(data, args, first):
         # on a CPU as many views at a time as a core's cache holds
         chunk = max(1, 2**16 // side**2) if args.device == "cpu" else args.batch_size
         views = []
-        for k, recipe in enumerate(args.recipes):
-            whole = images if held else images[k]
-            recipe = recipe if held else recipe | dict(crop=1)
-            parts = zip(whole.split(chunk), numbers[k].split(chunk))
-            views += [operations(*part, recipe, side) for part in parts]
+        for recipe, *of_view in zip(recipes, images, numbers):
+            chunks = zip(*(tensor.split(chunk) for tensor in of_view))
+            views += [operations(*each, recipe, side) for each in chunks]
         yield torch.cat(views).to(memory_format=memory_format(args.device)), labels
 
 
@@ -675,7 +668,7 @@ def means(values):
 def train(args, run, train_set, test_set):
     """The loop: rate, forward, gather, terms, backward, step; then log and save."""
     model, optimizer, probe_optimizer, scaler = run.states.values()
-    compiled = torch.compile if args.compile else lambda function, **_: function
+    compiled = partial(torch.compile, disable=not args.compile)
     criterion = compiled(partial(CRITERIA[args.criterion].terms, **args.set))
     # torch does not compile SyncBatchNorm
     net = distribute(model, args) if WORLD > 1 else compiled(model, dynamic=False)
