@@ -62,6 +62,7 @@ AUGMENTATION |= dict(hue=0.1, grey=0.2, blur=0.0, solarize=0.0)
 CROP_NUMBERS, NUMBERS = 22, 32  # random numbers that a crop takes, and a whole view
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue
 HELD_BYTES = 4 * 2**30  # data sets that fit in this are held on the device, others streamed
+PART = f"part-{os.urandom(8).hex()}"  # a file by which runs know that one has begun after them
 MAY_CHANGE = set("epochs data_dir device workers out save_every compile".split())  # on resuming
 
 # torchrun's processes: how many, the number of this one, and the same on its node
@@ -531,12 +532,10 @@ class LARS(torch.optim.SGD):
 
 def build_optimizers(args, model):
     """The optimizers of the network and of the probe; biases and norms have no decay, no eta."""
-    params = [*model.encoder.parameters(), *model.projector.parameters()]
-    weights = [p for p in params if p.ndim > 1]
-    others = [p for p in params if p.ndim <= 1]
+    net = [*model.encoder.parameters(), *model.projector.parameters()]
     groups = [
-        dict(params=weights, weight_decay=args.weight_decay, eta=args.eta),
-        dict(params=others, weight_decay=0, eta=0),
+        dict(params=[w for w in net if w.ndim > 1], weight_decay=args.weight_decay, eta=args.eta),
+        dict(params=[w for w in net if w.ndim <= 1], weight_decay=0, eta=0),
     ]
     probe = torch.optim.AdamW(model.probe.parameters(), 1e-2, weight_decay=0)
     if args.optimizer == "adamw":
@@ -576,62 +575,23 @@ def take_part(module, inputs, output):
 # ---- The run -------------------------------------------------------------------------------------
 
 
-class Run:
-    """A run's folder, in which the first process writes log.jsonl, encoder.pt and checkpoint.pt.
-
-    Each is replaced as a whole, so that a killed run goes on from its last checkpoint. If another
-    run begins in the folder (the same job, queued again), that one goes on and this one ends.
-    """
-
-    def __init__(self, args, states):
-        """Goes on from the folder's checkpoint; states are all objects with a state, by name."""
-        self.out, self.settings, self.states = Path(args.out), vars(args), states
-        self.part = self.out / f"part-{os.urandom(8).hex()}"  # tells this run from others
-        self.saved_at = time.perf_counter()
-        saved = [load_checkpoint(self.out) if RANK == 0 else None]
-        if WORLD > 1:
-            dist.broadcast_object_list(saved)
-        saved = saved[0] or dict(settings={}, step=0, log=[], state_dicts={})
-        for name, old in saved["settings"].items():
-            new = self.settings.get(name, old)  # a checkpoint may be older than an option
-            if new != old and name not in MAY_CHANGE:
-                sys.exit(f"{self.out} has a run with {name} {old}, not {new}: name another --out")
-        if saved["settings"].get("epochs", args.epochs) < args.epochs:
-            say("more --epochs: learning rate and views' size are again those of the longer run")
-        self.step, self.log = saved["step"], saved["log"]
-        for name, state_dict in saved["state_dicts"].items():
-            states[name].load_state_dict(state_dict)
-
-    def begin(self):
-        self.out.mkdir(parents=True, exist_ok=True)
-        for part in self.out.glob("part-*"):  # of a run that was killed, or that will end now
-            part.unlink()
-        self.part.touch()
-
-    def save(self, step):
-        state_dicts = {name: part.state_dict() for name, part in self.states.items()}
-        if not all(weight.isfinite().all() for weight in state_dicts["model"].values()):
-            sys.exit(f"weights are not finite at step {step}; {self.out} keeps its checkpoint")
-        encoder = self.states["model"].encoder.state_dict()
-        encoder = {name: weight.contiguous() for name, weight in encoder.items()}
-        lines = "".join(json.dumps(line) + "\n" for line in self.log)
-        saved = dict(settings=self.settings, step=step, log=self.log, state_dicts=state_dicts)
-        self.replace("log.jsonl", lambda file: file.write(lines.encode()))
-        self.replace("encoder.pt", partial(torch.save, encoder))
-        self.replace("checkpoint.pt", partial(torch.save, saved))
-        self.saved_at = time.perf_counter()
-
-    def replace(self, name, write):
-        self.out.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(self.part, "wb") as file:
-                write(file)
-        except RuntimeError as error:  # so torch.save reports a full disk
-            raise error.__context__ or error from None
-        if [*self.out.glob("part-*")] != [self.part]:
-            self.part.unlink()
-            sys.exit(f"another run has begun in {self.out}, so this one ends")
-        os.replace(self.part, self.out / name)
+def resume(args, states):
+    """Loads the checkpoint, if there is one, into states, objects by name; its step and log."""
+    saved = [load_checkpoint(args.out) if RANK == 0 else None]
+    if WORLD > 1:
+        dist.broadcast_object_list(saved)
+    if not saved[0]:
+        return 0, []
+    settings, step, log, state_dicts = saved[0].values()
+    for name, old in settings.items():
+        new = getattr(args, name, old)  # a checkpoint may have an option that is gone
+        if new != old and name not in MAY_CHANGE:
+            sys.exit(f"{args.out} has a run with {name} {old}, not {new}: name another --out")
+    if settings["epochs"] < args.epochs:
+        say("more --epochs: learning rate and views' size are again those of the longer run")
+    for name, state_dict in state_dicts.items():
+        states[name].load_state_dict(state_dict)
+    return step, log
 
 
 def load_checkpoint(folder):
@@ -645,6 +605,45 @@ def load_checkpoint(folder):
     except Exception as error:
         reason = f"damaged or of another version of train.py ({type(error).__name__})"
         sys.exit(f"{file} is {reason}: move it away or name another folder")
+
+
+def begin(folder):
+    """Makes this run the one that writes into the folder: one that is still running will end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in folder.glob("part-*"):
+        part.unlink(missing_ok=True)
+    (folder / PART).touch()
+
+
+def save(args, states, step, log):
+    """Writes log.jsonl, encoder.pt and checkpoint.pt, each whole or not at all."""
+    folder = Path(args.out)
+    state_dicts = {name: state.state_dict() for name, state in states.items()}
+    if not all(weight.isfinite().all() for weight in state_dicts["model"].values()):
+        sys.exit(f"weights are not finite at step {step}; {folder} keeps its checkpoint")
+    encoder = states["model"].encoder.state_dict()
+    encoder = {name: weight.contiguous() for name, weight in encoder.items()}
+    lines = "".join(json.dumps(line) + "\n" for line in log)
+    saved = dict(settings=vars(args), step=step, log=log, state_dicts=state_dicts)
+    replace(folder / "log.jsonl", lambda file: file.write(lines.encode()))
+    replace(folder / "encoder.pt", partial(torch.save, encoder))
+    replace(folder / "checkpoint.pt", partial(torch.save, saved))
+
+
+def replace(path, write):
+    """Replaces a file as a whole, unless another run has begun in its folder."""
+    part = path.with_name(PART)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(part, "wb") as file:
+            write(file)
+    except RuntimeError as error:  # so torch.save reports a full disk
+        raise error.__context__ or error from None
+    if [*path.parent.glob("part-*")] != [part]:
+        part.unlink(missing_ok=True)
+        sys.exit(f"another run has begun in {path.parent}, so this one ends")
+    os.replace(part, path)
+    part.touch()  # an older run must see at any time that this one has begun
 
 
 @torch.no_grad()
@@ -665,19 +664,20 @@ def means(values):
     return dict(zip(values, gather(stacked[None]).mean(0).tolist()))
 
 
-def train(args, run, train_set, test_set):
+def train(args, states, first, log, train_set, test_set):
     """The loop: rate, forward, gather, terms, backward, step; then log and save."""
-    model, optimizer, probe_optimizer, scaler = run.states.values()
+    model, optimizer, probe_optimizer, scaler = states.values()
     compiled = partial(torch.compile, disable=not args.compile)
     criterion = compiled(partial(CRITERIA[args.criterion].terms, **args.set))
     # torch does not compile SyncBatchNorm
     net = distribute(model, args) if WORLD > 1 else compiled(model, dynamic=False)
     per_epoch = len(train_set) // args.batch_size
     steps = args.epochs * per_epoch
-    batches = training_batches(train_set, args, run.step)
-    bar = tqdm(total=steps, initial=run.step, unit="step", disable=RANK > 0 or None)
-    logged, logged_at = run.step, time.perf_counter()
-    for step, (views, labels) in enumerate(batches, run.step):
+    batches = training_batches(train_set, args, first)
+    bar = tqdm(batches, total=steps, initial=first, unit="step", disable=RANK > 0 or None)
+    logged, logged_at = first, time.perf_counter()
+    saved_at = logged_at
+    for step, (views, labels) in enumerate(bar, first):
         lr = optimizer.defaults["lr"] * schedule(step, steps, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -695,7 +695,6 @@ def train(args, run, train_set, test_set):
             each.zero_grad()
         scaler.update()
 
-        bar.update()
         done = step + 1
         if done % 20 == 0 or done % per_epoch == 0:  # at other steps nothing waits for a GPU
             speed = (done - logged) * args.batch_size / (time.perf_counter() - logged_at)
@@ -703,18 +702,18 @@ def train(args, run, train_set, test_set):
             line = dict(step=done, lr=lr, samples_per_s=speed)
             line |= means(dict(terms, loss=loss, probe_train=100 * right))
             if not math.isfinite(line["loss"]):
-                sys.exit(f"not finite: {line}; {run.out} keeps its checkpoint")
+                sys.exit(f"not finite: {line}; {args.out} keeps its checkpoint")
             text = f"loss {loss:.4g}, {speed:.0f} samples/s, probe {line['probe_train']:.1f} %"
             bar.set_postfix_str(text)
             if done % per_epoch == 0:
                 line |= means(diagnose(za))
                 line["probe_test"] = probe_accuracy(model, test_set, args)
                 say(f"epoch {done // per_epoch}: {text}, test {line['probe_test']:.1f} %")
-            run.log.append(line)
+            log.append(line)
             logged, logged_at = done, time.perf_counter()
-        if RANK == 0 and (done == steps or time.perf_counter() - run.saved_at > args.save_every):
-            run.save(done)
-    bar.close()
+        if RANK == 0 and (done == steps or time.perf_counter() - saved_at > args.save_every):
+            save(args, states, done, log)
+            saved_at = time.perf_counter()
 
 
 def main(args):
@@ -734,15 +733,16 @@ def main(args):
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
 
     states = dict(model=model, optimizer=optimizer, probe_optimizer=probe_optimizer, scaler=scaler)
-    run = Run(args, states)
-    if run.step >= args.epochs * (args.images // args.batch_size):
-        return say(f"{run.out} is complete; more --epochs resume the run")
+    first, log = resume(args, states)
+    if first >= args.epochs * (args.images // args.batch_size):
+        return say(f"{args.out} is complete; more --epochs resume the run")
     if RANK == 0:
-        run.begin()
+        begin(Path(args.out))
     images = f"{args.images} images of {args.classes} classes, {len(test_set)} for testing"
-    say(f"{run.out}: {args.arch}, {images}; {WORLD} x {args.device} {args.precision}")
-    train(args, run, train_set, test_set)
-    say(f"next: python eval.py {run.out}")
+    say(f"{args.out}: {args.arch}, {images}; {WORLD} x {args.device} {args.precision}")
+    train(args, states, first, log, train_set, test_set)
+    Path(args.out, PART).unlink(missing_ok=True)
+    say(f"next: python eval.py {args.out}")
 
 
 def stop(*_):
