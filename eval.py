@@ -7,7 +7,6 @@ python eval.py runs/* --plot runs.png               # the online probes' accurac
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -24,7 +23,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="a folder that train.py has written")
     add("--random-init", action="store_true", help="evaluate the encoder before its training")
-    add("--data-dir", type=os.path.abspath, help="if not the data that the run had")
+    add("--data-dir", type=Path, help="if not the data that the run had")
     add("--device", choices=train.devices(), default=train.devices()[0], help="to compute on")
     add("--epochs", type=train.number(int, 1, 1e6), default=100, help="of the linear probe")
     add("--k", type=train.number(int, 1, 1e6), default=10, help="nearest neighbors")
@@ -110,9 +109,8 @@ def embedding_statistics(projector, features, batch):
 def evaluate(run, args):
     """Returns the table, a dict; asserts that the network has not changed."""
     saved = train.load_checkpoint(run) or sys.exit(f"{run} is no folder of a run")
-    settings = argparse.Namespace(**saved["settings"])
+    settings = argparse.Namespace(**saved["settings"] | dict(device=args.device))
     settings.data_dir = args.data_dir or settings.data_dir
-    settings.device = args.device
     torch.manual_seed(settings.seed)
     model = train.Model(settings)
     if not args.random_init:
@@ -136,8 +134,7 @@ def plot(runs, file):
     """Draws the online probe's test accuracy over steps, and eval.json's linear probe as a star."""
     from matplotlib.figure import Figure
 
-    figure = Figure((6, 4), layout="constrained")
-    axes = figure.subplots()
+    axes = Figure((6, 4), layout="constrained").subplots()
     for run in runs:
         log = map(json.loads, open(run / "log.jsonl"))
         points = [(line["step"], line["probe_test"]) for line in log if "probe_test" in line]
@@ -150,7 +147,7 @@ def plot(runs, file):
             axes.plot(table["steps"], table["linear_top1"], "*", color=curve.get_color(), ms=12)
     axes.set(xlabel="steps", ylabel="test top-1 (%): dots online, stars offline")
     axes.legend()
-    figure.savefig(file, dpi=150)
+    axes.figure.savefig(file, dpi=150)
 
 
 def main():
@@ -166,7 +163,7 @@ def main():
             for name, value in table.items():
                 print(f"{name:30}{value:.4g}" if isinstance(value, float) else f"{name:30}{value}")
             (run / "eval.new").write_text(json.dumps(table))
-            os.replace(run / "eval.new", run / f"eval{args.random_init * '-random-init'}.json")
+            (run / "eval.new").replace(run / f"eval{args.random_init * '-random-init'}.json")
         except (OSError, SystemExit) as error:
             failed = True
             print(f"eval.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
