@@ -62,7 +62,7 @@ AUGMENTATION |= dict(hue=0.1, grey=0.2, blur=0.0, solarize=0.0)
 CROP_NUMBERS, NUMBERS = 22, 32  # random numbers that a crop takes, and a whole view
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue
 HELD_BYTES = 4 * 2**30  # data sets that fit in this are held on the device, others streamed
-PART = f"part-{os.urandom(8).hex()}"  # a file by which runs know that one has begun after them
+PART = f"part-{os.urandom(8).hex()}"  # this run's mark in its folder
 MAY_CHANGE = set("epochs data_dir device workers out save_every compile".split())  # on resuming
 
 # torchrun's processes: how many, the number of this one, and the same on its node
@@ -91,7 +91,7 @@ def parse_args(argv=None):
     add("--set", **pairs, help="hyperparameters, e.g. temperature=0.15; a wrong name lists all")
     add("--dataset", choices=DATASETS, default="cifar10", help="what to train on")
     add("--data-dir", type=os.path.abspath, default="data", help="has train/CLASS/IMAGE, or CIFAR")
-    add("--image-size", type=number(int, 8, 1024), default=32, help="side of a view")
+    add("--image-size", type=number(int, 8, 1024), default=32, help="side of a view in pixels")
     add("--views", **pairs, dest="recipes", help="augmentation, e.g. blur=0.5, or blur=1,0.1")
     add("--workers", type=number(int, 0, 256), default=min(8, CORES), help="readers of images")
 
@@ -274,8 +274,8 @@ def load(args):
         else:
             test = "val" if (root / "val").is_dir() else "test"
             loader = partial(read_image, size=size)
-            sets = [ImageFolder(root / part, loader=loader) for part in ("train", test)]
-            for data in sets:  # as an array: of a list, each worker would come to have a copy
+            sets = [ImageFolder(root / split, loader=loader) for split in ("train", test)]
+            for data in sets:  # an array, since workers that only read a list's items copy them
                 width = max(len(file) for file, _ in data.samples)
                 data.samples = data.imgs = np.array(data.samples, f"U{width},i8")
     except Exception as error:
@@ -347,7 +347,7 @@ def crop_image(image, label, numbers, args):
 def training_batches(data, args, first):
     """Yields, from step first, this process's views (2B, 3, S, S), a's before b's, and labels."""
     workers, recipes = 0, args.recipes
-    if not isinstance(data, TensorDataset):  # workers crop, so the device need not
+    if not isinstance(data, TensorDataset):  # images are whole until the workers crop them
         workers, recipes = args.workers, [recipe | dict(crop=1) for recipe in recipes]
         data = copy.copy(data)
         data.transform = None
@@ -608,7 +608,7 @@ def load_checkpoint(folder):
 
 
 def begin(folder):
-    """Makes this run the one that writes into the folder: one that is still running will end."""
+    """Marks the folder as this run's; a run that goes on in it will see that, and end."""
     folder.mkdir(parents=True, exist_ok=True)
     for part in folder.glob("part-*"):
         part.unlink(missing_ok=True)
@@ -616,7 +616,7 @@ def begin(folder):
 
 
 def save(args, states, step, log):
-    """Writes log.jsonl, encoder.pt and checkpoint.pt, each whole or not at all."""
+    """Writes log.jsonl, encoder.pt and checkpoint.pt, unless weights are not finite."""
     folder = Path(args.out)
     state_dicts = {name: state.state_dict() for name, state in states.items()}
     if not all(weight.isfinite().all() for weight in state_dicts["model"].values()):
@@ -631,7 +631,7 @@ def save(args, states, step, log):
 
 
 def replace(path, write):
-    """Replaces a file as a whole, unless another run has begun in its folder."""
+    """Replaces a file as a whole or not at all, unless another run has begun in its folder."""
     part = path.with_name(PART)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -643,7 +643,7 @@ def replace(path, write):
         part.unlink(missing_ok=True)
         sys.exit(f"another run has begun in {path.parent}, so this one ends")
     os.replace(part, path)
-    part.touch()  # an older run must see at any time that this one has begun
+    part.touch()  # the mark is to be seen at any time
 
 
 @torch.no_grad()
