@@ -307,10 +307,11 @@ def read(data, args, workers=0, **options):
 def plain_batches(data, args, rank=0, world=1):
     """Yields a process's share of the images, normalized (B, 3, S, S), and labels (B,)."""
     size = 500 if args.device == "cuda" else 100
-    share = range(rank, len(data), world)
     if isinstance(data, TensorDataset):
-        batches = read(data, args, batch_size=None, sampler=torch.tensor(share).split(size))
+        starts = range(rank, len(data), world * size)
+        batches = (data[start : start + world * size : world] for start in starts)
     else:
+        share = range(rank, len(data), world)
         batches = read(data, args, args.workers, batch_size=size, sampler=share)
     for images, labels in batches:
         yield TF.normalize(images / 255, MEAN, STD), labels
