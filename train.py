@@ -50,7 +50,7 @@ VICREG |= dict(recipes=["crop=0.08", "blur=1,0.1", "solarize=0,0.2"])
 PRESETS = {
     "imagenet": dict(VICREG, image_size=224),
     "folder": dict(image_size=224),
-    "shapes": dict(SMALL, epochs=12),
+    "shapes": dict(SMALL, epochs=5, batch_size=64),
     "small": SMALL,
     "sgd": dict(lr=0.1, weight_decay=1e-4),
     "adamw": dict(lr=2e-3, weight_decay=1e-2),
@@ -256,7 +256,8 @@ def shapes(n, seed, size=32, device="cpu"):
     u, v = (u + left) % 1 - 0.5, (v + top) % 1 - 0.5
     edge = (0.25 + 0.1 * radius) * (1 + 0.5 * (petals * torch.atan2(v, u) + 7 * phase).sin())
     flower = (size * (edge - u.hypot(v))).sigmoid()
-    images = torch.lerp(*uniform(2, n, 3, 1, 1), flower)
+    dark, light = uniform(2, n, 3, 1, 1) / 2
+    images = torch.lerp(dark, light + 0.5, flower)
     return (images * 255).byte().to(device), labels.to(device)
 
 
