@@ -634,16 +634,17 @@ def save(args, states, step, log):
 
 def replace(path, write):
     """Replaces a file as a whole or not at all, unless another run has begun in its folder."""
-    part = path.with_name(PART)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder, part = path.parent, path.with_name(PART)
+    taken = folder.exists() and not part.exists()  # a run that ended since has removed the mark
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "wb") as file:
             write(file)
     except RuntimeError as error:  # so torch.save reports a full disk
         raise error.__context__ or error from None
-    if [*path.parent.glob("part-*")] != [part]:
+    if taken or [*folder.glob("part-*")] != [part]:
         part.unlink(missing_ok=True)
-        sys.exit(f"another run has begun in {path.parent}, so this one ends")
+        sys.exit(f"another run has begun in {folder}, so this one ends")
     os.replace(part, path)
     part.touch()  # the mark is to be seen at any time
 
