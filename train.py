@@ -50,7 +50,7 @@ VICREG |= dict(recipes=["crop=0.08", "blur=1,0.1", "solarize=0,0.2"])
 PRESETS = {
     "imagenet": dict(VICREG, image_size=224),
     "folder": dict(image_size=224),
-    "shapes": dict(SMALL, epochs=5, batch_size=64),
+    "shapes": dict(SMALL, epochs=4, batch_size=64, recipes=["crop=0.5"]),
     "small": SMALL,
     "sgd": dict(lr=0.1, weight_decay=1e-4),
     "adamw": dict(lr=2e-3, weight_decay=1e-2),
@@ -249,7 +249,7 @@ def shapes(n, seed, size=32, device="cpu"):
     uniform = partial(torch.rand, generator=generator(seed))
     labels = torch.arange(n) % 8
     petals = 1 + labels.view(n, 1, 1, 1)
-    left, top, radius, phase = uniform(4, n, 1, 1, 1)
+    left, top, radius, phase, inverted = uniform(5, n, 1, 1, 1)
     axis = torch.linspace(-1, 1, size)
     v, u = torch.meshgrid(axis, axis, indexing="ij")
     # the flower appears twice in each direction, so that most crops show it
@@ -258,6 +258,7 @@ def shapes(n, seed, size=32, device="cpu"):
     flower = (size * (edge - u.hypot(v))).sigmoid()
     dark, light = uniform(2, n, 3, 1, 1) / 2
     images = torch.lerp(dark, light + 0.5, flower)
+    images = torch.where(inverted < 0.5, images, 1 - images)
     return (images * 255).byte().to(device), labels.to(device)
 
 
