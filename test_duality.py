@@ -923,10 +923,13 @@ def test_what_is_no_loss_is_refused(found, monkeypatch, capsys):
         register(lambda za, zb, weight: dict(a=weight * za.sum()), monkeypatch)
 
 
-def test_readmes_own_loss_is_its_formula(monkeypatch):
+def test_readmes_own_loop_and_own_loss(monkeypatch):
+    zs = two_views(12, 5)
+    loop = dict(za=zs[0], zb=zs[1])
+    exec(readme("loop"), loop)
+    assert loop["loss"] == sum(loop["terms"].values()) == duality.vicreg(*zs)
     monkeypatch.setattr(duality, "CRITERIA", {})
     exec(readme("frossl"), dict(vars(duality)))
-    zs = two_views(12, 5)
     za, zb = (standardized(z) / len(z) ** 0.5 for z in zs)
     repulsion = sum((z.T @ z).square().sum().log() for z in (za, zb))
     assert_equal([duality.CRITERIA["frossl"](*zs)], [repulsion + (za - zb).square().sum() / 12])

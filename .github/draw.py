@@ -130,8 +130,10 @@ def draw_figure1():
     figure.suptitle(table["title"], size=11)
     for axes, name in zip(figure.subplots(1, 3, sharey=True), NAMES):
         color = ROWS if name == "vicreg" else COLUMNS
-        for kind, style in (("wide", ".-"), ("narrow", ".--")):
-            rows = [r for r in table["rows"] if (r["criterion"], r["kind"]) == (name, kind)]
+        of_name = [row for row in table["rows"] if row["criterion"] == name]
+        for kind in sorted({row["kind"] for row in of_name}):
+            style = ".-" if kind == "wide" else ".--"
+            rows = [row for row in of_name if row["kind"] == kind]
             d, mean = ([row[key] for row in rows] for key in ("d", "mean"))
             bars = [row["deviation"] or 0 for row in rows]
             axes.errorbar(d, mean, bars, fmt=style, color=color, capsize=3)
