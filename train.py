@@ -157,7 +157,9 @@ def check(args, parser):
     try:
         args.set = keywords(args.set, hyperparameters)
         # NAME=A,B becomes NAME=A for view a, NAME=B for view b
-        pairs = [[re.sub("=(.*),(.*)", rf"=\{k}", pair) for pair in args.recipes] for k in (1, 2)]
+        pairs = [
+            [re.sub("=(.*),(.*)", rf"=\g<{k}>", pair) for pair in args.recipes] for k in (1, 2)
+        ]
         args.recipes = [keywords(of_view, AUGMENTATION) for of_view in pairs]
         CRITERIA[args.criterion](*torch.randn(2, n, d), **args.set)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
@@ -299,11 +301,16 @@ def load(args):
     return *sets, classes
 
 
+def move(tensor, device):
+    # CUDA reads what is not pinned before it goes on, MPS perhaps after it was freed
+    return tensor.to(device, non_blocking=device == "cuda")
+
+
 def read(data, args, workers=0, **options):
     """Yields the tensors of a DataLoader's batches, on the device."""
     pin = args.device == "cuda" and workers > 0
     for batch in DataLoader(data, num_workers=workers, pin_memory=pin, **options):
-        yield [tensor.to(args.device, non_blocking=True) for tensor in batch]
+        yield [move(tensor, args.device) for tensor in batch]
 
 
 def plain_batches(data, args, rank=0, world=1):
@@ -332,7 +339,7 @@ def step_data(data, args, step):
     numbers = torch.rand(2, size, NUMBERS, generator=generator(args.seed, step, 0))
     numbers = numbers.chunk(WORLD, 1)[RANK]
     if isinstance(data, TensorDataset):
-        images, labels = data[indices.to(args.device, non_blocking=True)]
+        images, labels = data[move(indices, args.device)]
         return images.expand(2, *images.shape), numbers, labels
     pairs = zip(indices.tolist(), numbers.unbind(1))
     crops, labels = zip(*(crop_image(*data[i], of_image, args) for i, of_image in pairs))
@@ -350,7 +357,7 @@ def crop_image(image, label, numbers, args):
 def training_batches(data, args, first):
     """Yields, from step first, this process's views (2B, 3, S, S), a's before b's, and labels."""
     workers, recipes = 0, args.recipes
-    if not isinstance(data, TensorDataset):  # images are whole until the workers crop them
+    if not isinstance(data, TensorDataset):  # workers crop; crop=1 then keeps the whole crop
         workers, recipes = args.workers, [recipe | dict(crop=1) for recipe in recipes]
         data = copy.copy(data)
         data.transform = None
@@ -485,8 +492,7 @@ class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.encoder, features = small() if args.arch == "small" else resnet(args)
-        mlp = torchvision.ops.MLP
-        self.projector = mlp(features, args.projector, norm_layer=nn.BatchNorm1d, bias=False)
+        self.projector = torchvision.ops.MLP(features, args.projector, nn.BatchNorm1d, bias=False)
         standardize = nn.BatchNorm1d(features, affine=False)
         self.probe = nn.Sequential(standardize, nn.Linear(features, args.classes))
 
@@ -589,7 +595,9 @@ def resume(args, states):
     for name, old in settings.items():
         new = getattr(args, name, old)  # a checkpoint may have an option that is gone
         if new != old and name not in MAY_CHANGE:
-            sys.exit(f"{args.out} has a run with {name} {old}, not {new}: name another --out")
+            sys.exit(
+                f"{args.out} has a run with {name} {old}, not {new}: keep it or name another --out"
+            )
     if settings["epochs"] < args.epochs:
         say("more --epochs: learning rate and views' size are again those of the longer run")
     for name, state_dict in state_dicts.items():
@@ -636,7 +644,7 @@ def save(args, states, step, log):
 def replace(path, write):
     """Replaces a file as a whole or not at all, unless another run has begun in its folder."""
     folder, part = path.parent, path.with_name(PART)
-    taken = folder.exists() and not part.exists()  # a run that ended since has removed the mark
+    taken = folder.exists() and not part.exists()  # a run that began here has removed the mark
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "wb") as file:
@@ -700,11 +708,11 @@ def train(args, states, first, log, train_set, test_set):
         scaler.update()
 
         done = step + 1
-        if done % 20 == 0 or done % per_epoch == 0:  # at other steps nothing waits for a GPU
-            speed = (done - logged) * args.batch_size / (time.perf_counter() - logged_at)
+        if done % 20 == 0 or done % per_epoch == 0:  # else, but for fp16, nothing waits for a GPU
             right = (logits.argmax(1) == labels).float().mean()
-            line = dict(step=done, lr=lr, samples_per_s=speed)
-            line |= means(dict(terms, loss=loss, probe_train=100 * right))
+            line = dict(means(dict(terms, loss=loss, probe_train=100 * right)), step=done, lr=lr)
+            speed = (done - logged) * args.batch_size / (time.perf_counter() - logged_at)
+            line["samples_per_s"] = speed
             if not math.isfinite(line["loss"]):
                 sys.exit(f"not finite: {line}; {args.out} keeps its checkpoint")
             text = f"loss {loss:.4g}, {speed:.0f} samples/s, probe {line['probe_train']:.1f} %"
@@ -750,9 +758,12 @@ def main(args):
 
 
 def stop(*_):
-    """Ends the run at Ctrl-C; not by an exception, which Python drops in a destructor."""
-    step = (load_checkpoint(args.out) or dict(step=0))["step"]
-    say(f"stopped; the same command goes on from step {step}")
+    """Ends the run at Ctrl-C, not by an exception, which Python drops in a destructor."""
+    if torch.utils.data.get_worker_info():  # workers inherit this, and their end is no failure
+        os._exit(0)
+    if RANK == 0:
+        step = (load_checkpoint(args.out) or dict(step=0))["step"]
+        say(f"stopped; the same command goes on from step {step}")
     os._exit(1)
 
 
