@@ -1260,11 +1260,11 @@ def test_killed_and_interrupted_runs_go_on_to_the_same_weights(streamed, command
     begin = partial(start, output=tmp_path / "output", streamed=streamed)
     whole, draw = begin(f"{line} --out {tmp_path}/whole"), random.Random(0)
     for least, number in ((0, signal.SIGKILL), (10, signal.SIGINT), (20, signal.SIGKILL)):
-        step = least + draw.randrange(10)
-        status, output = end(begin(line), number, lambda: log_of(out, "step")[-1:] > [[step]])  # noqa: B023
+        last = max([[least + draw.randrange(10)], *log_of(out, "step")])  # so it has begun, too
+        status, output = end(begin(line), number, lambda: log_of(out, "step")[-1:] > [last])  # noqa: B023
         assert (status, "Traceback" in output) == (1 if least == 10 else -number, False), output
-        said = output.endswith(f"the same command goes on from step {load(out)['step']}\n")
-        assert said == (number == signal.SIGINT), output
+        if number == signal.SIGINT:
+            assert f" goes on from step {load(out)['step']}\n" in output
         assert output.count("stopped;") == (least >= 10), output  # workers keep silent
     (out / "part-0").touch()  # as if it had been killed while it wrote
     assert end(begin(line))[0] == end(whole)[0] == 0
