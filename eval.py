@@ -24,7 +24,7 @@ def parse_args(argv=None):
     add("runs", type=Path, nargs="+", metavar="RUN", help="a folder that train.py has written")
     add("--random-init", action="store_true", help="evaluate the encoder before its training")
     add("--data-dir", type=Path, help="if not the data that the run had")
-    add("--device", choices=train.devices(), default=train.devices()[0], help="to compute on")
+    add("--device", choices=train.DEVICES, default=train.DEVICES[0], help="to compute on")
     add("--epochs", type=train.number(int, 1, 1e6), default=100, help="of the linear probe")
     add("--k", type=train.number(int, 1, 1e6), default=10, help="nearest neighbors")
     add("--plot", type=Path, metavar="FILE", help="only draw a picture; needs matplotlib")
@@ -115,7 +115,7 @@ def evaluate(run, args):
     model = train.Model(settings)
     if not args.random_init:
         model.load_state_dict(saved["state_dicts"]["model"])
-    model.to(args.device, memory_format=train.memory_format(args.device)).eval()
+    model.to(args.device, memory_format=torch.channels_last).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     *sets, classes = train.load(settings)
     features = [x for data in sets for x in extract(model, data, settings)]

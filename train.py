@@ -11,7 +11,6 @@ optimizer, `build_optimizers`; the rest of a step, `train`.
 """
 
 import argparse
-import copy
 import inspect
 import json
 import math
@@ -40,6 +39,7 @@ from tqdm import tqdm
 from duality import CRITERIA, diagnose, gather
 
 DATASETS = ["cifar10", "cifar100", "imagenet", "folder", "shapes"]
+DEVICES = ["cuda"] * torch.cuda.is_available() + ["cpu"]
 ARCHS = ["small", *torchvision.models.list_models(torchvision.models, include="*resne[tx]*")]
 OPTIMIZERS = ["lars", "sgd", "adamw"]
 # what a data set, an arch and an optimizer, in this order, change in the defaults of parse_args
@@ -110,7 +110,7 @@ def parse_args(argv=None):
     add("--grow", type=share, default=0.0, help="share of steps, the first, at 5/8 of the size")
 
     add = parser.add_argument_group("running").add_argument
-    add("--device", choices=devices(), default=devices()[0], help="to train on")
+    add("--device", choices=DEVICES, default=DEVICES[0], help="to train on")
     add("--precision", choices=["bf16", "fp16", "fp32"], help="of the network; the loss is in fp32")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random")
     add("--out", type=os.path.abspath, help="the run's folder")
@@ -151,9 +151,7 @@ def check(args, parser):
         parser.error(f"--batch-size must be a multiple of {WORLD}, and at least {2 * WORLD}")
     parameters = inspect.signature(CRITERIA[args.criterion]).parameters.values()
     hyperparameters = {p.name: p.default for p in parameters if p.default is not p.empty}
-    n, d = args.batch_size, args.projector[-1]
-    while max(n, d) > 1024:  # no criterion then takes more than a second
-        n, d = max(2, n // 2), max(2, d // 2)
+    n, d = min(1024, args.batch_size), min(1024, args.projector[-1])  # takes at most a second
     try:
         args.set = keywords(args.set, hyperparameters)
         # NAME=A,B becomes NAME=A for view a, NAME=B for view b
@@ -184,16 +182,10 @@ def keywords(pairs, defaults):
 # ---- Processes and devices -----------------------------------------------------------------------
 
 
-def devices():
-    """The kinds of devices here, the fastest first."""
-    mps = torch.backends.mps.is_available() and WORLD == 1  # gloo and NCCL send no MPS tensors
-    return ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
-
-
 def fastest_precision(device):
     if device == "cuda":  # older GPUs emulate bf16, slowly
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def join(device):
@@ -213,11 +205,6 @@ def join(device):
 def autocast(args):
     dtype = torch.float16 if args.precision == "fp16" else torch.bfloat16
     return torch.autocast(args.device, dtype, enabled=args.precision != "fp32")
-
-
-def memory_format(device):
-    # in channels_last, MPS computes a wrong gradient of batch norm (pytorch issue 175189)
-    return torch.contiguous_format if device == "mps" else torch.channels_last
 
 
 def say(message):
@@ -301,16 +288,11 @@ def load(args):
     return *sets, classes
 
 
-def move(tensor, device):
-    # CUDA reads what is not pinned before it goes on, MPS perhaps after it was freed
-    return tensor.to(device, non_blocking=device == "cuda")
-
-
 def read(data, args, workers=0, **options):
     """Yields the tensors of a DataLoader's batches, on the device."""
     pin = args.device == "cuda" and workers > 0
     for batch in DataLoader(data, num_workers=workers, pin_memory=pin, **options):
-        yield [move(tensor, args.device) for tensor in batch]
+        yield [tensor.to(args.device, non_blocking=True) for tensor in batch]
 
 
 def plain_batches(data, args, rank=0, world=1):
@@ -339,7 +321,7 @@ def step_data(data, args, step):
     numbers = torch.rand(2, size, NUMBERS, generator=generator(args.seed, step, 0))
     numbers = numbers.chunk(WORLD, 1)[RANK]
     if isinstance(data, TensorDataset):
-        images, labels = data[move(indices, args.device)]
+        images, labels = data[indices.to(args.device)]
         return images.expand(2, *images.shape), numbers, labels
     pairs = zip(indices.tolist(), numbers.unbind(1))
     crops, labels = zip(*(crop_image(*data[i], of_image, args) for i, of_image in pairs))
@@ -359,7 +341,6 @@ def training_batches(data, args, first):
     workers, recipes = 0, args.recipes
     if not isinstance(data, TensorDataset):  # workers crop; crop=1 then keeps the whole crop
         workers, recipes = args.workers, [recipe | dict(crop=1) for recipe in recipes]
-        data = copy.copy(data)
         data.transform = None
     steps = range(first, args.epochs * (len(data) // args.batch_size))
     operations = torch.compile(augment, dynamic=False, disable=not args.compile)
@@ -374,7 +355,7 @@ def training_batches(data, args, first):
         for recipe, *of_view in zip(recipes, images, numbers):
             chunks = zip(*(tensor.split(chunk) for tensor in of_view))
             views += [operations(*each, recipe, side) for each in chunks]
-        yield torch.cat(views).to(memory_format=memory_format(args.device)), labels
+        yield torch.cat(views).to(memory_format=torch.channels_last), labels
 
 
 # ---- Views ---------------------------------------------------------------------------------------
@@ -598,8 +579,6 @@ def resume(args, states):
             sys.exit(
                 f"{args.out} has a run with {name} {old}, not {new}: keep it or name another --out"
             )
-    if settings["epochs"] < args.epochs:
-        say("more --epochs: learning rate and views' size are again those of the longer run")
     for name, state_dict in state_dicts.items():
         states[name].load_state_dict(state_dict)
     return step, log
@@ -740,14 +719,14 @@ def main(args):
         sys.exit(f"--batch-size {args.batch_size}: there are only {args.images} training images")
 
     torch.manual_seed(args.seed)
-    model = Model(args).to(args.device, memory_format=memory_format(args.device))
+    model = Model(args).to(args.device, memory_format=torch.channels_last)
     optimizer, probe_optimizer = build_optimizers(args, model)
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
 
     states = dict(model=model, optimizer=optimizer, probe_optimizer=probe_optimizer, scaler=scaler)
     first, log = resume(args, states)
     if first >= args.epochs * (args.images // args.batch_size):
-        return say(f"{args.out} is complete; more --epochs resume the run")
+        return say(f"{args.out} is complete; more --epochs resume it, at the longer run's rate")
     if RANK == 0:
         begin(Path(args.out))
     images = f"{args.images} images of {args.classes} classes, {len(test_set)} for testing"
