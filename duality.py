@@ -57,8 +57,8 @@ def criterion(function):
 # ---- Section 3: two criteria and a theorem -------------------------------------------------------
 
 # Theorem 3.3:  L_nc + sum_j ||K_j,.||^4 = L_c + sum_i ||K_.,i||^4
-# Proof. Left: ||K K^T||_F^2. Right: ||K^T K||_F^2. Both have the same eigenvalues, but for zeros.
-# The algorithm. Whichever criterion is asked for, compute only the smaller of the two matrices.
+# Proof. The sides are ||K K^T||_F^2 and ||K^T K||_F^2, sums of squared eigenvalues, and the two
+# matrices share theirs, but for zeros. The algorithm: compute the smaller, whichever is asked for.
 
 
 class Gram(torch.autograd.Function):
@@ -89,7 +89,7 @@ def smaller_gram(x):
 def diagonal_and_rest(x, y=None):
     """Diagonal (n,) of X Y^T, by default of X X^T, and the sum of squares of its other entries."""
     # ||X Y^T - diag(X Y^T)||_F^2 = <X^T X, Y^T Y>_F - sum_i (x_i . y_i)^2
-    # For n > 1.2 m rows of one norm the difference is over 1/6 of its first term: few digits cancel
+    # If Y = X has n > 1.2 m rows of one norm, this is over 1/6 of its first term: few digits cancel
     n, m = x.shape
     if n <= 1.2 * m:
         products = gram(x) if y is None else x @ y.T
@@ -149,7 +149,7 @@ def mean_squared_distance(za, zb):  # 1/N sum_i ||z_i - z'_i||^2
 
 
 def squared_contrast(L, za, zb, invariance, repulsion):
-    # lambda / N sum_i ||z_i - z'_i||^2 + nu / (2N) (L(K) + L(K'))
+    # invariance / N sum_i ||z_i - z'_i||^2 + repulsion / (2N) (L(K) + L(K'))
     za, zb = normalize_dimensions(za), normalize_dimensions(zb)
     attraction = invariance * mean_squared_distance(za, zb)
     return dict(invariance=attraction, repulsion=repulsion / (2 * len(za)) * (L(za) + L(zb)))
@@ -185,7 +185,7 @@ def vicreg_terms(za, zb, regularizers, lambda_, mu, nu):
 
 @criterion
 def vicreg(za, zb, invariance=25.0, variance=25.0, covariance=1.0):
-    """VICReg (arXiv 2105.04906) as in its code: v is a mean over views, c a sum; s is a mean."""
+    """VICReg (arXiv 2105.04906) as in its code: v averages views, c adds them; s averages N x D."""
     return vicreg_terms(za, zb, v_and_c, invariance, variance, covariance)
 
 
@@ -205,9 +205,9 @@ def vicreg_contrastive(za, zb, invariance=25.0, variance=25.0, covariance=1.0):
 @criterion
 def barlow_twins(za, zb, redundancy=0.0051, scale=1.0):
     """Barlow Twins (arXiv 2103.03230), standardized by batch norm with eps 1e-5, as in its code."""
-    # LARS does not adapt the steps of biases and norms: the authors' code moves these 40 times less
-    # than weights or, in an earlier version, scales the loss by 0.024; solo-learn by 0.048 or 0.1.
-    # scale (sum_j (1 - C_jj)^2 + lambda sum_{i != j} C_ij^2),  C = K K'^T / N, K standardized
+    # LARS does not adapt steps of biases and norms: the authors' code gives these a rate 40 times
+    # smaller or, in an earlier version, scales the loss by 0.024; solo-learn by 0.048 or 0.1.
+    # scale (sum_j (1 - C_jj)^2 + redundancy sum_{i != j} C_ij^2),  C = K K'^T / N, K standardized
     N = len(za)
     diagonal, squares = diagonal_and_rest(standardize(za).T, standardize(zb).T)
     on_diagonal = (1 - diagonal / N).square().sum()
@@ -224,7 +224,7 @@ def coding_rate(z, eps):
 @criterion
 def tcr(za, zb, invariance=1.0, eps=0.5):
     """Total coding rate (arXiv 2201.10000) per embedding of norm 1, negated, and an invariance."""
-    # lambda / N sum_i ||z_i - z'_i||^2 - (R(K) + R(K')) / (2N)
+    # invariance / N sum_i ||z_i - z'_i||^2 - (R(K) + R(K')) / (2N)
     za, zb = F.normalize(za), F.normalize(zb)
     rate = (coding_rate(za, eps) + coding_rate(zb, eps)) / (2 * len(za))
     return dict(invariance=invariance * mean_squared_distance(za, zb), repulsion=-rate)
