@@ -44,11 +44,11 @@ def draw_theorem(axes):
     axes.text(12, 194, "a row: one of D dimensions", color=ROWS)
     axes.text(12, 211, "a column: one of N images", color=COLUMNS)
     axes.text(0, 249, "sum of squares: coloured")
-    axes.text(0, 267, "pushed to 0 by")
+    axes.text(0, 267, "pushed down by")
     axes.text(0, 285, "sum of squares: grey (norms)")
     axes.plot((0, 550), (291, 291), color=FAINT, lw=0.7)
     axes.text(0, 308, "sum of squares: all")
-    note = "Once norms are fixed, so are the grey sums: the coloured ones fall together."
+    note = "With all norms fixed, so are the grey sums: the coloured ones fall together."
     axes.text(0, 333, note)
     for x, color, gram, title, cell, by in (
         (275, ROWS, k @ k.T, "$K K^T$: D x D", "row times row", "VICReg, Barlow Twins"),
