@@ -38,8 +38,8 @@ def criterion(function):
         with torch.autocast(za.device.type, enabled=False):
             found = function(za.to(dtype), zb.to(dtype), **hyperparameters)
         found = found if isinstance(found, dict) else dict(loss=found)
-        if not found or not all(isinstance(term, torch.Tensor) for term in found.values()):
-            raise TypeError(f"{function.__name__} must return a tensor or a dict of tensors")
+        if not found or not all(torch.is_tensor(x) and x.ndim == 0 for x in found.values()):
+            raise ValueError(f"{function.__name__} must return a 0-d tensor or a dict of them")
         return found
 
     @functools.wraps(function)

@@ -6,11 +6,12 @@ python train.py --criterion simclr --set temperature=0.15    # any criterion, an
 torchrun --nproc-per-node 8 train.py --dataset imagenet --data-dir imagenet
 
 A run that was killed goes on from its last checkpoint when the same command is given again.
-To change the loss, see duality.py; the augmentation, `augment`; the encoder, `Model`; the
-optimizer, `build_optimizers`; the rest of a step, `train`.
+To change the loss, see duality.py; the data, `load`; the augmentation, `augment`; the encoder,
+`Model`; the optimizer, `build_optimizers`; the rest of a step, `train`.
 """
 
 import argparse
+import copy
 import inspect
 import json
 import math
@@ -39,16 +40,16 @@ from tqdm import tqdm
 from duality import CRITERIA, diagnose, gather
 
 DATASETS = ["cifar10", "cifar100", "imagenet", "folder", "shapes"]
-DEVICES = ["cuda"] * torch.cuda.is_available() + ["cpu"]
+DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 ARCHS = ["small", *torchvision.models.list_models(torchvision.models, include="*resne[tx]*")]
 OPTIMIZERS = ["lars", "sgd", "adamw"]
-# what a data set, an arch and an optimizer, in this order, change in the defaults of parse_args
+# defaults that --dataset, then --arch, then --optimizer replace
 SMALL = dict(arch="small", projector="512-512-512", batch_size=128, optimizer="adamw", grow=0.6)
-VICREG = dict(arch="resnet50", projector="8192-8192-2048", batch_size=1024, zero_init=True)
-VICREG |= dict(optimizer="lars", lr=0.3, eta=0.001, weight_decay=1e-6, warmup=0.1)
-VICREG |= dict(recipes=["crop=0.08", "blur=1,0.1", "solarize=0,0.2"])
+IMAGENET = dict(arch="resnet50", projector="8192-8192-2048", batch_size=1024, zero_init=True)
+IMAGENET |= dict(optimizer="lars", lr=0.3, eta=0.001, weight_decay=1e-6, warmup=0.1)
+IMAGENET |= dict(recipes=["crop=0.08", "blur=1,0.1", "solarize=0,0.2"])
 PRESETS = {
-    "imagenet": dict(VICREG, image_size=224),
+    "imagenet": dict(IMAGENET, image_size=224),
     "folder": dict(image_size=224),
     "shapes": dict(SMALL, epochs=4, batch_size=64, recipes=["crop=0.5"]),
     "small": SMALL,
@@ -62,14 +63,14 @@ AUGMENTATION |= dict(hue=0.1, grey=0.2, blur=0.0, solarize=0.0)
 CROP_NUMBERS, NUMBERS = 22, 32  # random numbers that a crop takes, and a whole view
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue
 HELD_BYTES = 4 * 2**30  # data sets that fit in this are held on the device, others streamed
-PART = f"part-{os.urandom(8).hex()}"  # this run's mark in its folder
+PART = f".part-{os.urandom(8).hex()}"  # the file that this run writes before it replaces another
 MAY_CHANGE = set("epochs data_dir device workers out save_every compile".split())  # on resuming
 
 # torchrun's processes: how many, the number of this one, and the same on its node
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-CORES = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # for each on its node
+CORES = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of the node, for each
 
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ def parse_args(argv=None):
     add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random")
     add("--out", type=os.path.abspath, help="the run's folder")
     add("--save-every", type=nonnegative, default=120, help="seconds between checkpoints")
-    add("--compile", **flag, help="torch.compile; with torchrun not the network")
+    add("--compile", **flag, help="torch.compile (with torchrun, all but the network)")
 
     for option in ("dataset", "arch", "optimizer"):  # each may change the defaults of the next
         chosen, _ = parser.parse_known_args(argv)
@@ -147,20 +148,18 @@ def widths(text):
 
 def check(args, parser):
     """Completes --set and --views, and tries the criterion before any data are read."""
-    if args.batch_size % WORLD or args.batch_size < 2 * WORLD:
-        parser.error(f"--batch-size must be a multiple of {WORLD}, and at least {2 * WORLD}")
+    if args.batch_size % WORLD:
+        parser.error(f"--batch-size must be a multiple of {WORLD}, the number of processes")
     parameters = inspect.signature(CRITERIA[args.criterion]).parameters.values()
     hyperparameters = {p.name: p.default for p in parameters if p.default is not p.empty}
-    n, d = min(1024, args.batch_size), min(1024, args.projector[-1])  # takes at most a second
+    n, d = min(1024, args.batch_size), min(1024, args.projector[-1])  # small: a second at most
     try:
         args.set = keywords(args.set, hyperparameters)
         # NAME=A,B becomes NAME=A for view a, NAME=B for view b
-        pairs = [
-            [re.sub("=(.*),(.*)", rf"=\g<{k}>", pair) for pair in args.recipes] for k in (1, 2)
-        ]
+        pairs = [[re.sub("=(.*),(.*)", rf"=\{k}", p) for p in args.recipes] for k in (1, 2)]
         args.recipes = [keywords(of_view, AUGMENTATION) for of_view in pairs]
         CRITERIA[args.criterion](*torch.randn(2, n, d), **args.set)
-    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, ValueError) as error:
         parser.error(str(error))
     if not all(0 <= value <= 1 for recipe in args.recipes for value in recipe.values()):
         parser.error("a value of --views is not between 0 and 1")
@@ -194,7 +193,7 @@ def join(device):
     if gpu:
         torch.cuda.set_device(gpu)
         torch.backends.cudnn.benchmark = True  # shapes hardly ever change
-        torch.backends.cudnn.allow_tf32 = False  # in fp32, convolutions are as precise as products
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in convolutions, too
     if WORLD > 1:
         if "MASTER_ADDR" not in os.environ:
             sys.exit("WORLD_SIZE is set: start several processes with torchrun")
@@ -213,7 +212,7 @@ def say(message):
 
 
 def generator(*key):
-    """A random generator that depends only on its key, some integers."""
+    """A random generator that depends on its key alone, integers, whose hashes are always alike."""
     return torch.Generator().manual_seed(hash(key) % 2**63)
 
 
@@ -221,12 +220,12 @@ def generator(*key):
 
 
 def read_image(file, size):
-    """The image in RGB. OSError names a file that is damaged, or grey in more than 8 bits."""
+    """The image in RGB. Raises OSError, with the file's name, if damaged or of more than 8 bits."""
     try:
         with Image.open(file) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
-            # reads a large JPEG smaller, but so that a crop of 1/16 still has size^2 pixels
+            # decodes a large JPEG at 1/2, 1/4 or 1/8: a crop of 1/16 of it still has size^2 pixels
             image.draft("RGB", (4 * size, 4 * size))
             return image.convert("RGB")
     except Exception as error:  # PIL raises all kinds of errors
@@ -266,7 +265,7 @@ def load(args):
             test = "val" if (root / "val").is_dir() else "test"
             loader = partial(read_image, size=size)
             sets = [ImageFolder(root / split, loader=loader) for split in ("train", test)]
-            for data in sets:  # an array, since workers that only read a list's items copy them
+            for data in sets:  # an array: who reads a list's items counts references, so copies it
                 width = max(len(file) for file, _ in data.samples)
                 data.samples = data.imgs = np.array(data.samples, f"U{width},i8")
     except Exception as error:
@@ -278,7 +277,7 @@ def load(args):
     if unmatched:
         sys.exit(f"class {min(unmatched)} is not in both {sets[0].root} and {sets[1].root}")
     held = sum(map(len, sets)) * 3 * size**2 <= HELD_BYTES
-    side = size if held else size * 8 // 7  # of streamed images, the borders are left out
+    side = size if held else size * 8 // 7  # streamed: the central 7/8, as 224 of 256
     for i, data in enumerate(sets):
         data.transform = Compose([Resize(side), CenterCrop(size), PILToTensor()])
         if held:
@@ -321,7 +320,7 @@ def step_data(data, args, step):
     numbers = torch.rand(2, size, NUMBERS, generator=generator(args.seed, step, 0))
     numbers = numbers.chunk(WORLD, 1)[RANK]
     if isinstance(data, TensorDataset):
-        images, labels = data[indices.to(args.device)]
+        images, labels = data[indices.to(args.device, non_blocking=True)]
         return images.expand(2, *images.shape), numbers, labels
     pairs = zip(indices.tolist(), numbers.unbind(1))
     crops, labels = zip(*(crop_image(*data[i], of_image, args) for i, of_image in pairs))
@@ -339,11 +338,13 @@ def crop_image(image, label, numbers, args):
 def training_batches(data, args, first):
     """Yields, from step first, this process's views (2B, 3, S, S), a's before b's, and labels."""
     workers, recipes = 0, args.recipes
-    if not isinstance(data, TensorDataset):  # workers crop; crop=1 then keeps the whole crop
+    if not isinstance(data, TensorDataset):  # workers crop whole images, so `augment` keeps all
         workers, recipes = args.workers, [recipe | dict(crop=1) for recipe in recipes]
+        data = copy.copy(data)
         data.transform = None
     steps = range(first, args.epochs * (len(data) // args.batch_size))
-    operations = torch.compile(augment, dynamic=False, disable=not args.compile)
+    compiled_augment = torch.compile(augment, dynamic=False, disable=not args.compile)
+    # the "data set" are the steps' numbers, and "collating" one makes all that the step needs
     batches = read(steps, args, workers, batch_size=None, collate_fn=partial(step_data, data, args))
     for step, (images, numbers, labels) in zip(steps, batches):
         side = args.image_size
@@ -354,7 +355,7 @@ def training_batches(data, args, first):
         views = []
         for recipe, *of_view in zip(recipes, images, numbers):
             chunks = zip(*(tensor.split(chunk) for tensor in of_view))
-            views += [operations(*each, recipe, side) for each in chunks]
+            views += [compiled_augment(*each, recipe, side) for each in chunks]
         yield torch.cat(views).to(memory_format=torch.channels_last), labels
 
 
@@ -364,8 +365,8 @@ def training_batches(data, args, first):
 def crop_boxes(numbers, least, height, width):
     """Random boxes as torchvision's RandomResizedCrop draws them: top, left, height, width (B, 4).
 
-    Of ten with a share of the area from least to 1, and an aspect from 3/4 to 4/3, each the first
-    that fits into the image; if there is none, the largest box of such an aspect.
+    Each is the first of ten candidates (area from least to 1 of the image's, aspect from 3/4 to
+    4/3) that fits into the image or, if none does, the largest box of such an aspect.
     """
     top, left, shares, aspects = numbers[:, :CROP_NUMBERS].split([1, 1, 10, 10], 1)
     areas = (least + (1 - least) * shares) * height * width
@@ -385,7 +386,8 @@ def augment(images, numbers, recipe, size):
     """Random views (B, 3, size, size), normalized, of square uint8 images (B, 3, P, P).
 
     numbers (B, NUMBERS) are uniform in [0, 1), recipe is a dict such as AUGMENTATION. Operations
-    are torchvision's, of a whole batch; mostly in place, so that views stay in a CPU's cache.
+    are torchvision's, of a whole batch; mostly in place, so that views stay in a CPU's cache. A new
+    operation takes its numbers at the end: raise NUMBERS. Streamed images come cropped.
     """
     pixels = images.shape[-1]
     box = crop_boxes(numbers, recipe["crop"], pixels, pixels)
@@ -418,7 +420,7 @@ def augment(images, numbers, recipe, size):
 def resampling(box, flip, pixels, size):
     """The rows' and the columns' weights (B, size, pixels) of an antialiased resize of each box.
 
-    Products with them crop, resize and flip a batch at once, since no function of torchvision can.
+    Products with them crop, resize and flip a batch at once; torchvision has no such function.
     """
     # the weight of the pixel at x, seen from the box's start, in the output at y is
     # max(0, max(1, scale) - |x - scale y|) over their sum,  scale = length / size
@@ -546,7 +548,7 @@ def distribute(model, args):
     """The model of one of several processes, with gradients and batch norms of the whole batch."""
     if args.device == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    else:  # torch's SyncBatchNorm refuses CPUs: gather the batch before, take the own part after
+    else:  # torch's SyncBatchNorm refuses CPUs: gather the batch before, keep one's own part after
         for module in model.modules():
             if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 module.register_forward_pre_hook(gather_batch)
@@ -566,7 +568,7 @@ def take_part(module, inputs, output):
 
 
 def resume(args, states):
-    """Loads the checkpoint, if there is one, into states, objects by name; its step and log."""
+    """Loads the checkpoint, if any, into states (objects by name). Returns its step and log."""
     saved = [load_checkpoint(args.out) if RANK == 0 else None]
     if WORLD > 1:
         dist.broadcast_object_list(saved)
@@ -576,9 +578,7 @@ def resume(args, states):
     for name, old in settings.items():
         new = getattr(args, name, old)  # a checkpoint may have an option that is gone
         if new != old and name not in MAY_CHANGE:
-            sys.exit(
-                f"{args.out} has a run with {name} {old}, not {new}: keep it or name another --out"
-            )
+            sys.exit(f"{args.out} has a run with {name} {old}, not {new}: name another --out")
     for name, state_dict in state_dicts.items():
         states[name].load_state_dict(state_dict)
     return step, log
@@ -598,11 +598,11 @@ def load_checkpoint(folder):
 
 
 def begin(folder):
-    """Marks the folder as this run's; a run that goes on in it will see that, and end."""
+    """Makes the folder this run's. An older run that still writes there sees that, and ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    for part in folder.glob("part-*"):
+    for part in folder.glob(".part-*"):  # of killed runs
         part.unlink(missing_ok=True)
-    (folder / PART).touch()
+    (folder / ".owner").write_text(PART)
 
 
 def save(args, states, step, log):
@@ -622,19 +622,17 @@ def save(args, states, step, log):
 
 def replace(path, write):
     """Replaces a file as a whole or not at all, unless another run has begun in its folder."""
-    folder, part = path.parent, path.with_name(PART)
-    taken = folder.exists() and not part.exists()  # a run that began here has removed the mark
-    folder.mkdir(parents=True, exist_ok=True)
+    part, owner = path.with_name(PART), path.with_name(".owner")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "wb") as file:
             write(file)
     except RuntimeError as error:  # so torch.save reports a full disk
         raise error.__context__ or error from None
-    if taken or [*folder.glob("part-*")] != [part]:
+    if owner.exists() and owner.read_text() != PART:
         part.unlink(missing_ok=True)
-        sys.exit(f"another run has begun in {folder}, so this one ends")
+        sys.exit(f"another run has begun in {path.parent}, so this one ends")
     os.replace(part, path)
-    part.touch()  # the mark is to be seen at any time
 
 
 @torch.no_grad()
@@ -650,7 +648,7 @@ def probe_accuracy(model, data, args):
 
 
 def means(values):
-    """0-d tensors by name as numbers, their means over all processes. This waits for a GPU."""
+    """0-d tensors by name as numbers, averaged over all processes. This waits for a GPU."""
     stacked = torch.stack([value.detach() for value in values.values()])
     return dict(zip(values, gather(stacked[None]).mean(0).tolist()))
 
@@ -687,7 +685,7 @@ def train(args, states, first, log, train_set, test_set):
         scaler.update()
 
         done = step + 1
-        if done % 20 == 0 or done % per_epoch == 0:  # else, but for fp16, nothing waits for a GPU
+        if done % 20 == 0 or done % per_epoch == 0:  # else no metric waits for a GPU
             right = (logits.argmax(1) == labels).float().mean()
             line = dict(means(dict(terms, loss=loss, probe_train=100 * right)), step=done, lr=lr)
             speed = (done - logged) * args.batch_size / (time.perf_counter() - logged_at)
@@ -732,17 +730,13 @@ def main(args):
     images = f"{args.images} images of {args.classes} classes, {len(test_set)} for testing"
     say(f"{args.out}: {args.arch}, {images}; {WORLD} x {args.device} {args.precision}")
     train(args, states, first, log, train_set, test_set)
-    Path(args.out, PART).unlink(missing_ok=True)
     say(f"next: python eval.py {args.out}")
 
 
 def stop(*_):
-    """Ends the run at Ctrl-C, not by an exception, which Python drops in a destructor."""
-    if torch.utils.data.get_worker_info():  # workers inherit this, and their end is no failure
-        os._exit(0)
-    if RANK == 0:
-        step = (load_checkpoint(args.out) or dict(step=0))["step"]
-        say(f"stopped; the same command goes on from step {step}")
+    """Ends the process at Ctrl-C: as an exception it could be lost, in a destructor."""
+    if not torch.utils.data.get_worker_info():  # forked workers have this handler, too
+        say("stopped; the same command goes on from the last checkpoint")
     os._exit(1)
 
 
@@ -752,6 +746,6 @@ if __name__ == "__main__":
     try:
         main(args)
     except OSError as error:  # an image reader's message has a traceback before it
-        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
+        sys.exit(f"train.py: {(str(error).strip() or repr(error)).splitlines()[-1]}")
     if WORLD > 1:
         dist.destroy_process_group()
