@@ -286,7 +286,7 @@ def published_view(crop, *more):
 def benchmark_views():
     torch.set_num_threads(1)
     torch.zeros(2**22)  # having freed so much, malloc keeps what is freed, as it does in training
-    images, numbers = train.shapes(64, 0)[0], torch.rand(64, train.NUMBERS)  # training's chunk
+    images, numbers = train.shapes(256, 0)[0], torch.rand(256, train.NUMBERS)
     pil_images = [TF.to_pil_image(image) for image in images]
     view = published_view(transforms.RandomResizedCrop(32, (0.2, 1)))
     runs = dict(PIL=lambda: torch.stack([view(image) for image in pil_images]))
@@ -294,7 +294,7 @@ def benchmark_views():
     for name, augment in (("augment", train.augment), ("compiled", compiled)):
         runs[name] = partial(augment, images, numbers, train.AUGMENTATION, 32)
         runs[name]()  # compiles
-    print_speeds("\n32-pixel views", 64, 0.3, **runs)
+    print_speeds("\n32-pixel views", 256, 0.3, **runs)
 
 
 def save_images(root, images, classes=("a b", "я"), splits=("train", "test"), kind="png"):

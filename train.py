@@ -350,12 +350,7 @@ def training_batches(data, args, first):
         side = args.image_size
         if step < args.grow * steps.stop:
             side = max(8, side * 5 // 8)
-        # on a CPU as many views at a time as a core's cache holds
-        chunk = max(1, 2**16 // side**2) if args.device == "cpu" else args.batch_size
-        views = []
-        for recipe, *of_view in zip(recipes, images, numbers):
-            chunks = zip(*(tensor.split(chunk) for tensor in of_view))
-            views += [compiled_augment(*each, recipe, side) for each in chunks]
+        views = [compiled_augment(*of_view, side) for of_view in zip(images, numbers, recipes)]
         yield torch.cat(views).to(memory_format=torch.channels_last), labels
 
 
@@ -386,8 +381,8 @@ def augment(images, numbers, recipe, size):
     """Random views (B, 3, size, size), normalized, of square uint8 images (B, 3, P, P).
 
     numbers (B, NUMBERS) are uniform in [0, 1), recipe is a dict such as AUGMENTATION. Operations
-    are torchvision's, of a whole batch; mostly in place, so that views stay in a CPU's cache. A new
-    operation takes its numbers at the end: raise NUMBERS. Streamed images come cropped.
+    are torchvision's, of a whole batch; mostly in place, which saves memory's time. A new one takes
+    its numbers at the end: raise NUMBERS. Streamed images come cropped.
     """
     pixels = images.shape[-1]
     box = crop_boxes(numbers, recipe["crop"], pixels, pixels)
