@@ -71,6 +71,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 CORES = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of the node, for each
+NO_BAR = RANK > 0 or None  # as tqdm's disable; None: not on a terminal
 
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ def parse_args(argv=None):
     add("--save-every", type=nonnegative, default=120, help="seconds between checkpoints")
     add("--compile", **flag, help="torch.compile (with torchrun, all but the network)")
 
-    for option in ("dataset", "arch", "optimizer"):  # each may change the defaults of the next
+    for option in ("dataset", "arch", "optimizer"):  # each may change defaults, which -h shows
         chosen, _ = parser.parse_known_args(argv)
         parser.set_defaults(**PRESETS.get(getattr(chosen, option), {}))
     out = f"runs/{chosen.dataset}-{chosen.criterion}"
@@ -282,7 +283,7 @@ def load(args):
         data.transform = Compose([Resize(side), CenterCrop(size), PILToTensor()])
         if held:
             batches = read(data, args, args.workers, batch_size=100)
-            batches = tqdm(batches, "reading images", leave=False, disable=RANK > 0 or None)
+            batches = tqdm(batches, "reading images", leave=False, disable=NO_BAR)
             sets[i] = TensorDataset(*map(torch.cat, zip(*batches)))
     return *sets, classes
 
@@ -658,7 +659,7 @@ def train(args, states, first, log, train_set, test_set):
     per_epoch = len(train_set) // args.batch_size
     steps = args.epochs * per_epoch
     batches = training_batches(train_set, args, first)
-    bar = tqdm(batches, total=steps, initial=first, unit="step", disable=RANK > 0 or None)
+    bar = tqdm(batches, total=steps, initial=first, unit="step", disable=NO_BAR)
     logged, logged_at = first, time.perf_counter()
     saved_at = logged_at
     for step, (views, labels) in enumerate(bar, first):
