@@ -1269,7 +1269,7 @@ def test_killed_and_interrupted_runs_go_on_to_the_same_weights(streamed, command
         status, output = end(begin(line), number, lambda: log_of(out, "step")[-1:] > [last])  # noqa: B023
         assert (status, "Traceback" in output) == (1 if least == 10 else -number, False), output
         if number == signal.SIGINT:
-            assert output.endswith(STOPPED)
+            assert STOPPED.strip() in output  # beside what the whole run prints
         assert output.count("stopped;") == (least >= 10), output  # workers keep silent
     (out / ".part-0").touch()  # as if it had been killed while it wrote
     assert end(begin(line))[0] == end(whole)[0] == 0
