@@ -266,7 +266,7 @@ def load(args):
             test = "val" if (root / "val").is_dir() else "test"
             loader = partial(read_image, size=size)
             sets = [ImageFolder(root / split, loader=loader) for split in ("train", test)]
-            for data in sets:  # an array: who reads a list's items counts references, so copies it
+            for data in sets:  # an array: reference counts make workers copy a list that they read
                 width = max(len(file) for file, _ in data.samples)
                 data.samples = data.imgs = np.array(data.samples, f"U{width},i8")
     except Exception as error:
@@ -345,7 +345,7 @@ def training_batches(data, args, first):
         data.transform = None
     steps = range(first, args.epochs * (len(data) // args.batch_size))
     compiled_augment = torch.compile(augment, dynamic=False, disable=not args.compile)
-    # the "data set" are the steps' numbers, and "collating" one makes all that the step needs
+    # the "data set" is the steps' numbers, and "collating" one makes all that the step needs
     batches = read(steps, args, workers, batch_size=None, collate_fn=partial(step_data, data, args))
     for step, (images, numbers, labels) in zip(steps, batches):
         side = args.image_size
@@ -362,7 +362,7 @@ def crop_boxes(numbers, least, height, width):
     """Random boxes as torchvision's RandomResizedCrop draws them: top, left, height, width (B, 4).
 
     Each is the first of ten candidates (area from least to 1 of the image's, aspect from 3/4 to
-    4/3) that fits into the image or, if none does, the largest box of such an aspect.
+    4/3) that fits into the image, or else the largest of such an aspect (torchvision: central).
     """
     top, left, shares, aspects = numbers[:, :CROP_NUMBERS].split([1, 1, 10, 10], 1)
     areas = (least + (1 - least) * shares) * height * width
@@ -382,8 +382,8 @@ def augment(images, numbers, recipe, size):
     """Random views (B, 3, size, size), normalized, of square uint8 images (B, 3, P, P).
 
     numbers (B, NUMBERS) are uniform in [0, 1), recipe is a dict such as AUGMENTATION. Operations
-    are torchvision's, of a whole batch; mostly in place, which saves memory's time. A new one takes
-    its numbers at the end: raise NUMBERS. Streamed images come cropped.
+    are torchvision's, of a whole batch; mostly in place, which is faster. A new one takes its
+    numbers at the end: raise NUMBERS. Streamed images come cropped.
     """
     pixels = images.shape[-1]
     box = crop_boxes(numbers, recipe["crop"], pixels, pixels)
