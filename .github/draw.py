@@ -128,19 +128,20 @@ def draw_duality():
 def draw_figure1():
     figure, table = Figure((900 / 72, 290 / 72), layout="constrained"), TABLES["figure1"]
     figure.suptitle(table["title"], size=11)
+    points = [row for row in table["rows"] if row["seeds"] == table["seeds"]]
     for axes, name in zip(figure.subplots(1, 3, sharey=True), NAMES):
         color = ROWS if name == "vicreg" else COLUMNS
-        of_name = [row for row in table["rows"] if row["criterion"] == name]
-        for kind in sorted({row["kind"] for row in of_name}):
-            style = ".-" if kind == "wide" else ".--"
-            rows = [row for row in of_name if row["kind"] == kind]
+        for kind, style in (("wide", "o-"), ("narrow", "o--")):
+            rows = [row for row in points if (row["criterion"], row["kind"]) == (name, kind)]
             d, mean = ([row[key] for row in rows] for key in ("d", "mean"))
-            bars = [row["deviation"] or 0 for row in rows]
-            axes.errorbar(d, mean, bars, fmt=style, color=color, capsize=3)
-            beside(axes, d[-1], mean[-1], kind, color)
+            fill = color if kind == "wide" else "none"
+            axes.plot(d, mean, style, color=color, mfc=fill, label=kind)
+            of_seeds = [row["linear"][row["lr"]] for row in rows]
+            axes.plot(d, of_seeds, ".", color=(color, 0.4), mfc=fill, ms=5)
+        axes.legend(frameon=False, loc="lower right")
         axes.set(title=NAMES[name], xscale="log", xlabel="d", ylabel="linear top-1, %")
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xticks(d, d)
+        axes.set_xticks(*2 * [[64, 256, 1024, 4096]])
         axes.label_outer()
     return figure
 
