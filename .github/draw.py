@@ -129,6 +129,7 @@ def draw_figure1():
     figure, table = Figure((900 / 72, 290 / 72), layout="constrained"), TABLES["figure1"]
     figure.suptitle(table["title"], size=11)
     points = [row for row in table["rows"] if row["seeds"] == table["seeds"]]
+    sizes = sorted({row["d"] for row in points})
     for axes, name in zip(figure.subplots(1, 3, sharey=True), NAMES):
         color = ROWS if name == "vicreg" else COLUMNS
         for kind, style in (("wide", "o-"), ("narrow", "o--")):
@@ -141,7 +142,7 @@ def draw_figure1():
         axes.legend(frameon=False, loc="lower right")
         axes.set(title=NAMES[name], xscale="log", xlabel="d", ylabel="linear top-1, %")
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xticks(*2 * [[64, 256, 1024, 4096]])
+        axes.set_xticks(sizes, sizes)
         axes.label_outer()
     return figure
 
