@@ -23,10 +23,10 @@ BLOCK = 2**22  # products that log_sum_exp holds at a time; under torch.func, se
 def criterion(function):
     """Makes a loss of a pure function of both views: no labels, no parameters, no state.
 
-    It returns a dict of weighted terms or a tensor, the term "loss"; hyperparameters have defaults.
-    Decorated, vicreg(za, zb) is the sum of its terms and vicreg.terms(za, zb) the dict, in float32
-    or float64, even under autocast. Both raise ValueError unless both views are (N, D), N > 1,
-    D > 0; on a CPU, the sum also if it is not finite.
+    It returns a dict of weighted terms or a tensor, the term "loss". Hyperparameters have defaults
+    and are passed by name. Decorated, vicreg(za, zb) is the sum of its terms, vicreg.terms(za, zb)
+    the dict, in float32 or float64, even under autocast. Both raise ValueError unless both views
+    are (N, D), N > 1, D > 0. On a CPU, the sum also raises it if it is not finite.
     """
     inspect.signature(function).bind("za", "zb")  # TypeError if a hyperparameter has no default
 
@@ -46,7 +46,7 @@ def criterion(function):
     def loss(za, zb, **hyperparameters):
         total = sum(terms(za, zb, **hyperparameters).values())
         if total.is_cpu and not math.isfinite(total.item()):
-            raise ValueError(f"{function.__name__} is {total:g}: embeddings not finite, or D = 1?")
+            raise ValueError(f"{function.__name__} is {total:g}: views not finite, huge, or D = 1?")
         return total
 
     loss.terms = terms
@@ -89,7 +89,7 @@ def smaller_gram(x):
 def diagonal_and_rest(x, y=None):
     """Diagonal (n,) of X Y^T, by default of X X^T, and the sum of squares of its other entries."""
     # ||X Y^T - diag(X Y^T)||_F^2 = <X^T X, Y^T Y>_F - sum_i (x_i . y_i)^2
-    # If Y = X has n > 1.2 m rows of one norm, this is over 1/6 of its first term: few digits cancel
+    # Few digits cancel if Y = X has n > 1.2 m rows of one norm: over 1/6 of the first term is left
     n, m = x.shape
     if n <= 1.2 * m:
         products = gram(x) if y is None else x @ y.T
@@ -117,12 +117,12 @@ def norms4(z):
 
 
 def lemma_3_4(n, m, a=1.0):
-    """Bounds n^2 a^4 / m and n^2 a^4 of norms4(z.T), n embeddings of norm a. Dual: swap n and m."""
+    """Bounds n^2 a^4 / m and n^2 a^4 of norms4(z.T), z (n, m) with rows of norm a."""
     return n**2 / m * a**4, n**2 * a**4
 
 
 def corollary_3_4_1(z):
-    """Bounds L_nc - N + N^2 / D and L_nc - N + N^2 of L_c(z), embeddings of norm 1. Dual: z.T."""
+    """Bounds L_nc - N + N^2 / D and L_nc - N + N^2 of L_c(z), z (N, D) with rows of norm 1."""
     return tuple(L_nc(z) - len(z) + bound for bound in lemma_3_4(*z.shape))
 
 
@@ -140,8 +140,8 @@ def standardize(z, eps=1e-5):
 
 def normalize_dimensions(z):
     """Centers each dimension and scales it to norm sqrt(N / D), Eq 14."""
-    # centered first, so that the rounding of a large mean is not scaled up in a constant dimension
-    return standardize(center(z), eps=1e-30) / math.sqrt(z.shape[1])
+    # less z_1, so that a constant dimension is exactly 0: standardize would scale up its rounding
+    return standardize(z - z[0].detach(), eps=1e-30) / math.sqrt(z.shape[1])
 
 
 def mean_squared_distance(za, zb):  # 1/N sum_i ||z_i - z'_i||^2
@@ -185,7 +185,7 @@ def vicreg_terms(za, zb, regularizers, lambda_, mu, nu):
 
 @criterion
 def vicreg(za, zb, invariance=25.0, variance=25.0, covariance=1.0):
-    """VICReg (arXiv 2105.04906) as in its code: v averages views, c adds them; s averages N x D."""
+    """VICReg (arXiv 2105.04906) as in its code: variances of views averaged, covariances added."""
     return vicreg_terms(za, zb, v_and_c, invariance, variance, covariance)
 
 
@@ -198,15 +198,15 @@ def v_and_c_contrastive(z):
 
 @criterion
 def vicreg_contrastive(za, zb, invariance=25.0, variance=25.0, covariance=1.0):
-    """VICReg as a contrastive method, Eq 9-10: equal to vicreg, but less precise if N >> D."""
+    """VICReg as a contrastive method, Eq 9-10: equal to vicreg, but with more rounding errors."""
     return vicreg_terms(za, zb, v_and_c_contrastive, invariance, variance, covariance)
 
 
 @criterion
 def barlow_twins(za, zb, redundancy=0.0051, scale=1.0):
     """Barlow Twins (arXiv 2103.03230), standardized by batch norm with eps 1e-5, as in its code."""
-    # LARS does not adapt steps of biases and norms: the authors' code gives these a rate 40 times
-    # smaller or, in an earlier version, scales the loss by 0.024; solo-learn by 0.048 or 0.1.
+    # scale is for LARS, which does not adapt steps of biases and norms: 0.024 in an early version
+    # of the authors' code (later, these have a rate 40 times smaller), 0.048 or 0.1 in solo-learn.
     # scale (sum_j (1 - C_jj)^2 + redundancy sum_{i != j} C_ij^2),  C = K K'^T / N, K standardized
     N = len(za)
     diagonal, squares = diagonal_and_rest(standardize(za).T, standardize(zb).T)
@@ -223,7 +223,7 @@ def coding_rate(z, eps):
 
 @criterion
 def tcr(za, zb, invariance=1.0, eps=0.5):
-    """Total coding rate (arXiv 2201.10000) per embedding of norm 1, negated, and an invariance."""
+    """Minus the total coding rate (arXiv 2201.10000) of embeddings of norm 1, and an invariance."""
     # invariance / N sum_i ||z_i - z'_i||^2 - (R(K) + R(K')) / (2N)
     za, zb = F.normalize(za), F.normalize(zb)
     rate = (coding_rate(za, eps) + coding_rate(zb, eps)) / (2 * len(za))
@@ -261,7 +261,7 @@ def log_sum_exp(x, n_samples, temperature, similarity=torch.positive):
     sample = torch.arange(n, device=x.device) % n_samples
 
     def of_rows(rows, sample_of_row):
-        products = gram(x) if rows is x and n <= m else rows @ x.T  # n > m: G + G^T costs more
+        products = gram(x) if rows is x and n <= m else rows @ x.T  # n > m: gram is slower
         scores = similarity(products) / temperature
         # masked in place, unseen by autograd: as exp(-inf) = 0, no gradient comes to what is masked
         scores.detach().masked_fill_(sample_of_row[:, None] == sample, -math.inf)
@@ -413,7 +413,7 @@ def gather(z):
     """Stacks the rows of all W processes by rank, (N / W, D) -> (N, D); without a group, returns z.
 
     All processes need equally many rows (drop_last=True). Each computes the loss of the whole
-    batch; the stacked rows' gradients are summed over processes, since DDP divides by W.
+    batch; the stacked rows' first derivatives are summed over processes, since DDP divides by W.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return z
