@@ -109,8 +109,8 @@ def embedding_statistics(projector, features, batch):
 def evaluate(run, args):
     """Returns the table, a dict; asserts that the network has not changed."""
     saved = train.load_checkpoint(run) or sys.exit(f"{run} is no folder of a run")
-    settings = argparse.Namespace(**saved["settings"] | dict(device=args.device))
-    settings.data_dir = args.data_dir or settings.data_dir
+    settings = argparse.Namespace(**vars(train.parse_args([])) | saved["settings"])
+    settings.data_dir, settings.device = args.data_dir or settings.data_dir, args.device
     torch.manual_seed(settings.seed)
     model = train.Model(settings)
     if not args.random_init:

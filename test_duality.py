@@ -908,7 +908,7 @@ def test_hyperparameters_keep_their_types(monkeypatch, capsys):
 def test_a_loss_of_ones_own_may_be_one_tensor_and_need_many_samples(monkeypatch):
     register(lambda a, b: torch.linalg.cholesky(a.T.cov()).sum() + a[4].sum(), monkeypatch)
     assert CRITERIA["own"].terms(*two_views(9, 5))["loss"] == CRITERIA["own"](*two_views(9, 5))
-    parse("--dataset shapes --criterion own --batch-size 64 --projector 32-5")
+    assert parse("--dataset shapes --criterion own --projector 32-5").batch_size == 64
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ DATASETS = ["cifar10", "cifar100", "imagenet", "folder", "shapes"]
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 ARCHS = ["small", *torchvision.models.list_models(torchvision.models, include="*resne[tx]*")]
 OPTIMIZERS = ["lars", "sgd", "adamw"]
-# defaults that --dataset, then --arch, then --optimizer replace
+# defaults by --dataset, --arch and --optimizer; a later one wins
 SMALL = dict(arch="small", projector="512-512-512", batch_size=128, optimizer="adamw", grow=0.6)
 IMAGENET = dict(arch="resnet50", projector="8192-8192-2048", batch_size=1024, zero_init=True)
 IMAGENET |= dict(optimizer="lars", lr=0.3, eta=0.001, weight_decay=1e-6, warmup=0.1)
@@ -56,14 +56,13 @@ PRESETS = {
     "sgd": dict(lr=0.1, weight_decay=1e-4),
     "adamw": dict(lr=2e-3, weight_decay=1e-2),
 }
-# the augmentation: a crop's least share of the area, strengths from brightness to hue, and
-# probabilities of all else
+# a crop's least share of the area; strengths, from brightness to hue; probabilities of all else
 AUGMENTATION = dict(crop=0.2, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2)
 AUGMENTATION |= dict(hue=0.1, grey=0.2, blur=0.0, solarize=0.0)
 CROP_NUMBERS, NUMBERS = 22, 32  # random numbers that a crop takes, and a whole view
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue
 HELD_BYTES = 4 * 2**30  # data sets that fit in this are held on the device, others streamed
-PART = f".part-{os.urandom(8).hex()}"  # the file that this run writes before it replaces another
+PART = f".part-{os.urandom(8).hex()}"  # this run's unfinished file; .owner says whose a folder is
 MAY_CHANGE = set("epochs data_dir device workers out save_every compile".split())  # on resuming
 
 # torchrun's processes: how many, the number of this one, and the same on its node
@@ -121,7 +120,9 @@ def parse_args(argv=None):
 
     for option in ("dataset", "arch", "optimizer"):  # each may change defaults, which -h shows
         chosen, _ = parser.parse_known_args(argv)
-        parser.set_defaults(**PRESETS.get(getattr(chosen, option), {}))
+        preset = PRESETS.get(getattr(chosen, option), {})
+        if preset.get("arch") != parser.get_default("arch"):  # else shapes has it, changed
+            parser.set_defaults(**preset)
     out = f"runs/{chosen.dataset}-{chosen.criterion}"
     parser.set_defaults(out=out, precision=fastest_precision(chosen.device))
     add("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this and exit")
@@ -213,7 +214,7 @@ def say(message):
 
 
 def generator(*key):
-    """A random generator that depends on its key alone, integers, whose hashes are always alike."""
+    """A random generator, seeded by integers (unlike texts, their hash is always the same)."""
     return torch.Generator().manual_seed(hash(key) % 2**63)
 
 
@@ -427,7 +428,7 @@ def resampling(box, flip, pixels, size):
     y = torch.arange(size, device=box.device)[:, None] + 0.5
     # a flipped view goes backwards from its right edge
     y = torch.stack([y.expand(len(box), -1, 1), torch.where(flip[..., 0], size - y, y)])
-    weights = (x - scale * y).abs_().sub_(scale.clamp(min=1)).clamp_(max=0)  # times -1
+    weights = (x - scale * y).abs_().sub_(scale.clamp(min=1)).clamp_(max=0)  # negative, as its sum
     return weights.div_(weights.sum(-1, keepdim=True))
 
 
@@ -502,7 +503,7 @@ def resnet(args):
 
 
 class LARS(torch.optim.SGD):
-    """SGD with gradients of norm eta |w| in groups with an eta (arXiv 1708.03888)."""
+    """SGD; in groups with an eta, gradient plus decay gets norm eta |w| (arXiv 1708.03888)."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -607,8 +608,7 @@ def save(args, states, step, log):
     state_dicts = {name: state.state_dict() for name, state in states.items()}
     if not all(weight.isfinite().all() for weight in state_dicts["model"].values()):
         sys.exit(f"weights are not finite at step {step}; {folder} keeps its checkpoint")
-    encoder = states["model"].encoder.state_dict()
-    encoder = {name: weight.contiguous() for name, weight in encoder.items()}
+    encoder = {name: w.contiguous() for name, w in states["model"].encoder.state_dict().items()}
     lines = "".join(json.dumps(line) + "\n" for line in log)
     saved = dict(settings=vars(args), step=step, log=log, state_dicts=state_dicts)
     replace(folder / "log.jsonl", lambda file: file.write(lines.encode()))
@@ -681,7 +681,7 @@ def train(args, states, first, log, train_set, test_set):
         scaler.update()
 
         done = step + 1
-        if done % 20 == 0 or done % per_epoch == 0:  # else no metric waits for a GPU
+        if done % 20 == 0 or done % per_epoch == 0:  # seldom: to read metrics is to wait for a GPU
             right = (logits.argmax(1) == labels).float().mean()
             line = dict(means(dict(terms, loss=loss, probe_train=100 * right)), step=done, lr=lr)
             speed = (done - logged) * args.batch_size / (time.perf_counter() - logged_at)
