@@ -957,7 +957,7 @@ def test_optimizers_are_their_formulas(kind):
     groups = [dict(params=weights, weight_decay=0.01), dict(params=others, weight_decay=0)]
     line = f"--dataset shapes --optimizer {kind} --lr 0.3 --weight-decay 0.01 --eta 0.05"
     main = torch.optim.AdamW if kind == "adamw" else partial(torch.optim.SGD, momentum=0.9)
-    main = main(groups, 0.3 if kind == "adamw" else 0.3 * 128 / 256)  # the batch size is 128
+    main = main(groups, 0.3 if kind == "adamw" else 0.3 * 64 / 256)  # the batch size is 64
     probe = torch.optim.AdamW(expected.probe.parameters(), 1e-2, weight_decay=0)
     optimizers = main, probe, *train.build_optimizers(parse(line), model)
     for scale in (1.0, 1e-4, 10.0):
